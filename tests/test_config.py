@@ -1,0 +1,112 @@
+"""Recipes: read whole, checked whole, and a misspelt field names its neighbour."""
+
+import pytest
+
+from train.__main__ import main
+from train.config import RECIPES, Recipe, RecipeError, load_recipe, make_recipe, parse_setting
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
+
+
+def test_the_four_recipes_are_there():
+    assert {"quickstart", "minilm-agnews", "roberta-base", "roberta-base-original"} <= set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_loads_and_survives_being_written(name, tmp_path):
+    short, recipe = load_recipe(name)
+    assert short == name
+    (tmp_path / "copy.toml").write_text(recipe.to_toml())
+    assert load_recipe(str(tmp_path / "copy.toml")) == ("copy", recipe)
+
+
+def test_the_original_settings_are_the_original_settings():
+    _, recipe = load_recipe("roberta-base-original")
+    wanted = {
+        "epochs": 3, "batch_size": 16, "accumulation_steps": 2, "learning_rate": 5e-5, "weight_decay": 0.01,
+        "label_smoothing": 0.1, "warmup_fraction": 0.1, "precision": "fp16", "max_length_tokens": 512, "r": 8,
+        "lora_alpha": 16.0, "lora_dropout": 0.1, "target_modules": ("query", "value"),
+    }  # fmt: skip
+    assert {field: getattr(recipe, field) for field in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("setting", "parsed"),
+    [
+        ("epochs=2", ("epochs", 2)),
+        ("learning_rate=1e-3", ("learning_rate", 1e-3)),
+        ("use_rslora=true", ("use_rslora", True)),
+        ("model=minilm", ("model", "minilm")),
+        ("data=/a/folder", ("data", "/a/folder")),
+        ("target_modules=query,value", ("target_modules", ["query", "value"])),
+        ('target_modules=["key"]', ("target_modules", ["key"])),
+        ('target_modules=".*query"', ("target_modules", ".*query")),
+    ],
+)
+def test_settings_are_read_as_toml_or_as_text(setting, parsed):
+    assert parse_setting(setting) == parsed
+    make_recipe(dict([parsed]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"learning_rat": 1}, "did you mean 'learning_rate'"),
+        ({"method": "lor"}, "method: 'lor': did you mean 'lora'"),
+        ({"precision": "int8"}, "precision: 'int8'"),
+        ({"epochs": 0}, "epochs: 0 is not at least 1"),
+        ({"epochs": 1.5}, "epochs: 1.5 is not a whole number"),
+        ({"epochs": True}, "epochs: True is not a whole number"),
+        ({"learning_rate": 0}, "learning_rate: 0.0 is not above 0"),
+        ({"learning_rate": float("nan")}, "learning_rate: nan is not a number"),
+        ({"label_smoothing": 1.0}, "label_smoothing: 1.0 is not at least 0 and below 1"),
+        ({"validation_fraction": 0}, "validation_fraction"),
+        ({"lora_dropout": 1}, "lora_dropout"),
+        ({"r": 0}, "^r: "),
+        ({"target_modules": []}, "target_modules: empty"),
+        ({"target_modules": 3}, "target_modules: 3"),
+        ({"device": "tpu"}, "device: 'tpu'"),
+        ({"use_rslora": "yes"}, "use_rslora: 'yes' is not true or false"),
+        ({"data": ""}, "data: empty"),
+        ({"seed": -1}, "seed"),
+    ],
+)
+def test_a_bad_field_is_an_error_that_names_it(fields, message):
+    with pytest.raises(RecipeError, match=message):
+        make_recipe(fields)
+
+
+def test_a_misspelt_recipe_names_the_nearest():
+    with pytest.raises(RecipeError, match="did you mean 'quickstart'"):
+        load_recipe("quickstar")
+
+
+def test_the_defaults_are_a_recipe():
+    assert Recipe().lora_config().modules_to_save == ("classifier",)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipe", "quikstart"], "did you mean 'quickstart'"),
+        (["--recipe", "missing.toml"], "No such file"),
+        (["--set", "epoch=3"], "did you mean 'epochs'"),
+        (["--set", "epochs"], "not of the form key=value"),
+        (["--model", ""], "model: empty"),
+        (["--no-such-flag"], "--no-such-flag"),
+        (["--resume", "--output", "no/such/folder"], "no such folder"),
+        (["--data", "no/such/folder/at/all"], "there is no such folder"),
+        (["--model", "./nowhere"], "there is no such folder"),
+        (["--model", "random:roberta-base"], "no tokenizer"),
+        (["--set", "device=cuda:99"], "there is no cuda:99 here"),
+        (["--set", "max_length_tokens=4000"], "reads 512 at most"),
+    ],
+)
+def test_a_wrong_command_is_one_message_and_exit_code_2(flags, message, tmp_path, capsys):
+    try:
+        code = main(["--output", str(tmp_path / "run"), *flags])
+    except SystemExit as stop:  # argparse's own errors
+        code = stop.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

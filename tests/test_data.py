@@ -1,0 +1,124 @@
+"""News: every bad row names its file and line; splits are what they say."""
+
+from collections import Counter
+
+import pytest
+
+from train.bbc import DUPLICATES, find_duplicates, read_articles
+from train.data import DataError, load_news
+
+AG_ROW = '"1","Title","Some text"\n'
+GOOD_AG = '"1","T","war and peace"\n"2","T","goal"\n"1","T","vote"\n"2","T","match"\n'
+GOOD = "text,label\na goal,sport\na bank,money\na match,sport\na share,money\n"
+
+
+def load(tmp_path, train, test=None, classes=None):
+    for name, content in (("train.csv", train), ("test.csv", test or train), ("classes.txt", classes)):
+        if content is not None:
+            (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return load_news(str(tmp_path), validation_fraction=0.5, seed=0)
+
+
+def test_both_formats_are_read(tmp_path):
+    news = load(tmp_path, GOOD)
+    assert news.labels == ("money", "sport")
+    assert sorted(news.test["text"]) == ["a bank", "a goal", "a match", "a share"]
+    (tmp_path / "ag").mkdir()
+    news = load(tmp_path / "ag", GOOD_AG, classes="World\nSports\n")
+    assert news.labels == ("World", "Sports")
+    assert news.test["text"][0] == "T war and peace"  # title and description, as the hub joins them
+    assert news.test["label"][:2] == [0, 1]
+
+
+def test_a_quoted_line_break_and_an_empty_title_are_fine(tmp_path):
+    news = load(tmp_path, GOOD_AG + '"1","","two\nlines"\n', classes="World\nSports\n")
+    assert news.test["text"][-1] == "two\nlines"
+
+
+@pytest.mark.parametrize(
+    ("train", "classes", "message"),
+    [
+        (GOOD_AG + '"1","only two"\n', "a\nb\n", "train.csv:5: 2 columns"),
+        (GOOD_AG + '"3","T","text"\n', "a\nb\n", "train.csv:5: class '3' is not one of 1..2"),
+        (GOOD_AG + '"0","T","text"\n', "a\nb\n", "train.csv:5: class '0'"),
+        ('"1","T","two\nlines"\n"x","T","text"\n', "a\nb\n", "train.csv:3: class 'x'"),
+        (GOOD_AG + '"1"," ",""\n', "a\nb\n", "train.csv:5: the text is empty"),
+        (GOOD + ",sport\n", None, "train.csv:6: the text is empty"),
+        (GOOD + "text,\n", None, "train.csv:6: the label is empty"),
+        (GOOD + "one,two,three\n", None, "train.csv:6: 3 columns"),
+        (GOOD.encode() + b"caf\xe9,sport\n", None, "train.csv:6: byte 0xe9 is not UTF-8"),
+        (GOOD + '"open,sport\n', None, "train.csv:6: not CSV"),
+        (GOOD, "sport\nmoney\nsport\n", "classes.txt: a class stands there twice"),
+        (GOOD, "sport\ntech\n", "train.csv:3: class 'money' is not one of sport, tech"),
+        ("text,label\n", None, "train.csv: no rows"),
+        ("", None, "train.csv: no rows"),
+        ("text,label\na,x\nb,x\nc,x\n", None, "a single class, 'x'"),
+        (GOOD, "money\nsport\ntech\n", "4 training rows for 3 classes"),
+        (GOOD + "x,money\ny,sport\n", "money\nsport\ntech\n", "class 'tech' has 0 training rows"),
+    ],
+)
+def test_bad_rows_are_errors_that_name_file_and_line(tmp_path, train, classes, message):
+    with pytest.raises(DataError) as error:
+        load(tmp_path, train, classes=classes)
+    assert message in str(error.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    (tmp_path / "train.csv").write_text(GOOD)
+    with pytest.raises(DataError, match=r"test.csv: there is no such file"):
+        load_news(str(tmp_path), 0.5, 0)
+
+
+def test_a_class_that_only_the_test_split_has_is_an_error(tmp_path):
+    with pytest.raises(DataError, match=r"test.csv:2: class 'tech'"):
+        load(tmp_path, GOOD, test="text,label\na chip,tech\n")
+
+
+@pytest.mark.parametrize("name", ["ag_news", "someone/news"])
+def test_without_a_hub_the_error_says_what_works(name):
+    with pytest.raises(DataError, match="--data FOLDER") as error:
+        load_news(name, 0.1, 0)
+    assert "--data bbc" in str(error.value)
+
+
+def test_validation_rows_are_cut_from_the_training_rows_stratified(csv_folder):
+    news = load_news(str(csv_folder), validation_fraction=0.25, seed=1)
+    assert (len(news.train), len(news.validation)) == (27, 9)
+    assert Counter(news.validation["label"]) == {0: 3, 1: 3, 2: 3}
+    rows = Counter([*news.train["text"], *news.validation["text"]])
+    assert rows == Counter(load_news(str(csv_folder), 0.5, seed=7).train["text"]) + Counter(
+        load_news(str(csv_folder), 0.5, seed=7).validation["text"]
+    )
+    again = load_news(str(csv_folder), validation_fraction=0.25, seed=1)
+    other = load_news(str(csv_folder), validation_fraction=0.25, seed=2)
+    assert news.digest() == again.digest() != other.digest()
+
+
+def test_fewer_training_rows_leave_validation_and_test_alone(csv_folder):
+    news, few = (load_news(str(csv_folder), 0.25, 0, max_train_examples=limit) for limit in (0, 5))
+    assert len(few.train) == 5
+    assert set(few.train["text"]) <= set(news.train["text"])
+    assert few.validation["text"] == news.validation["text"]
+
+
+def test_bbc_is_split_as_the_readme_says():
+    news = load_news("bbc", validation_fraction=0.5, seed=9)  # neither of which matters
+    sizes = [len(split) for split in (news.train, news.validation, news.test)]
+    assert sizes == [1434, 205, 406]
+    assert news.labels == ("business", "entertainment", "politics", "sports", "tech")
+    texts = [text for split in (news.train, news.validation, news.test) for text in split["text"]]
+    assert len(set(texts)) == sum(sizes)  # nothing stands in two splits
+    assert news.digest() == load_news("bbc", 0.1, 0).digest()
+
+
+def test_the_committed_list_is_what_the_script_finds():
+    articles = read_articles()
+    assert len(articles) == 2225
+    assert list(find_duplicates(articles)) == DUPLICATES.read_text().splitlines()
+
+
+def test_ag_news_real_rows(ag_news_folder):
+    news = load_news(str(ag_news_folder), 0.05, 0)
+    assert len(news.train) + len(news.validation) == 18_055
+    assert Counter(news.test["label"]) == {0: 1900, 1: 1900, 2: 1900, 3: 1900}
+    assert news.labels == ("World", "Sports", "Business", "Sci/Tech")

@@ -1,0 +1,238 @@
+"""An adapter's folder: PEFT's format, strict to load, whole or not at all to save."""
+
+import dataclasses
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import randomise_adapter, tiny_roberta
+
+from lora import AdapterError, LoRALinear, inject, load_adapter, merge, merged, read_adapter, save_adapter
+from lora.files import CONFIG_FILE, TENSOR_FILE
+
+
+@pytest.fixture
+def adapted(model, config):
+    inject(model, config)
+    randomise_adapter(model)
+    with torch.no_grad():
+        model.classifier.out_proj.bias.add_(0.5)
+    return model
+
+
+@pytest.fixture
+def folder(adapted, tmp_path):
+    save_adapter(adapted, tmp_path / "adapter", base="tiny")
+    return tmp_path / "adapter"
+
+
+def rewrite(folder, change):
+    """Rewrites the tensors as PEFT would: no metadata, so that the change itself is what is looked at."""
+    tensors = safetensors.torch.load_file(folder / TENSOR_FILE)
+    safetensors.torch.save_file(change(tensors) or tensors, folder / TENSOR_FILE)
+
+
+def reconfigure(folder, **changes):
+    fields = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**fields, **changes}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("save_merged", [False, True])
+def test_what_is_loaded_computes_what_was_saved_bit_for_bit(adapted, tmp_path, input_ids, save_merged):
+    logits = adapted(input_ids).logits
+    if save_merged:
+        merge(adapted)
+    save_adapter(adapted, tmp_path / "a", base="tiny")
+    fresh = tiny_roberta()
+    load_adapter(fresh, tmp_path / "a")
+    assert not torch.equal(tiny_roberta()(input_ids).logits, logits)
+    assert torch.equal(fresh(input_ids).logits, logits)
+
+
+def test_the_keys_are_pefts(folder):
+    keys = set(safetensors.torch.load_file(folder / TENSOR_FILE))
+    layer = "base_model.model.roberta.encoder.layer.0.attention.self.query"
+    assert {f"{layer}.lora_A.weight", f"{layer}.lora_B.weight"} <= keys
+    assert "base_model.model.classifier.out_proj.bias" in keys
+    assert len(keys) == 2 * 2 * 2 + 4
+    fields = json.loads((folder / CONFIG_FILE).read_text())
+    assert fields["peft_type"] == "LORA"
+    assert (fields["r"], fields["target_modules"], fields["modules_to_save"]) == (
+        4,
+        ["query", "value"],
+        ["classifier"],
+    )
+
+
+def test_the_same_adapter_gives_the_same_bytes_merged_or_not(adapted, tmp_path):
+    save_adapter(adapted, tmp_path / "a", base="tiny", metadata={"labels": ["x"], "b": 1, "a": 2})
+    with merged(adapted):
+        save_adapter(adapted, tmp_path / "b", base="tiny", metadata={"a": 2, "b": 1, "labels": ["x"]})
+    for name in (CONFIG_FILE, TENSOR_FILE):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert read_adapter(tmp_path / "a").metadata == {"labels": ["x"], "a": 2, "b": 1}
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [CONFIG_FILE, TENSOR_FILE]
+
+
+def on(part, change):
+    """Changes the tensors whose keys hold `part`."""
+    return lambda tensors: {key: change(t) if part in key else t for key, t in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda t: {k: v for k, v in t.items() if "1.attention.self.query.lora_A" not in k},
+            "missing.*1.*lora_A",
+        ),
+        (lambda t: {**t, "base_model.model.score.weight": torch.zeros(2)}, "no place.*score.weight"),
+        (on("lora_A", lambda t: t[:, :-1].contiguous()), r"lora_A is \(4, 31\).*\(4, 32\)"),
+        (on("out_proj.bias", lambda t: t[:-1]), r"out_proj.bias is \(2,\)"),
+        (on("lora_B", torch.Tensor.double), "lora_B is torch.float64"),
+        (on("lora_B", torch.Tensor.int), "lora_B is torch.int32"),
+        (on("lora_B", lambda t: t * float("nan")), "lora_B is not finite"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_errors_that_name_the_key(folder, change, message):
+    rewrite(folder, change)
+    fresh = tiny_roberta()
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(fresh, folder)
+    assert not any(isinstance(module, LoRALinear) for module in fresh.modules())
+    assert all(parameter.requires_grad for parameter in fresh.parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"use_dora": True}, "use_dora: True"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"bias": "all"}, "bias: 'all'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa'"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights"),
+        ({"peft_type": "IA3"}, "peft_type: 'IA3'"),
+        ({"layers_to_transform": [0]}, "layers_to_transform"),
+        ({"some_new_field": {"on": 1}}, "some_new_field"),
+        ({"some_new_number": 0.5}, "some_new_number"),
+        ({"r": 0}, "r: a rank is at least 1"),
+        ({"target_modules": None}, "target_modules: missing"),
+        ({"target_modules": ["nothing"]}, "match nothing"),
+        ({"target_modules": ["LayerNorm"]}, "not a Linear"),
+    ],
+)
+def test_a_config_that_would_change_the_outputs_is_refused_by_name(folder, changes, message):
+    rewrite(folder, lambda tensors: None)
+    reconfigure(folder, **changes)
+    with pytest.raises(AdapterError, match=message):
+        load_adapter(tiny_roberta(), folder)
+
+
+@torch.no_grad()
+def test_fields_that_change_nothing_are_ignored(folder, adapted, input_ids):
+    rewrite(folder, lambda tensors: None)
+    reconfigure(
+        folder, use_dora=False, lora_bias=False, layers_to_transform=None, megatron_core="megatron.core",
+        eva_config=None, some_new_field=None, another=[], qalora_group_size=16, peft_version="0.99",
+        revision="main", modules_to_save=["classifier", "score"], loftq_config={},
+        target_modules=["query", "value", "q_proj"],
+    )  # fmt: skip
+    fresh = tiny_roberta()
+    load_adapter(fresh, folder)
+    assert torch.equal(fresh(input_ids).logits, adapted(input_ids).logits)
+
+
+def test_another_base_model_is_an_error_that_check_base_overrides(folder):
+    with pytest.raises(AdapterError, match="trained on 'tiny' with other weights"):
+        load_adapter(tiny_roberta(seed=9), folder)
+    load_adapter(tiny_roberta(seed=9), folder, check_base=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_same_base_in_another_dtype_is_the_same_base(folder, dtype):
+    load_adapter(tiny_roberta().to(dtype), folder)
+
+
+def test_without_a_fingerprint_another_name_is_a_warning(folder):
+    rewrite(folder, lambda tensors: None)
+    fresh = tiny_roberta()
+    fresh.config.name_or_path = "other"
+    with pytest.warns(UserWarning, match="'tiny'.*'other'"):
+        load_adapter(fresh, folder)
+
+
+def test_loading_over_an_adapter_is_refused(adapted, folder):
+    with pytest.raises(RuntimeError, match="adapter already"):
+        load_adapter(adapted, folder)
+
+
+def test_a_config_from_another_adapter_is_noticed(folder):
+    reconfigure(folder, lora_alpha=99)
+    with pytest.raises(AdapterError, match="not the config that the tensors were saved with"):
+        read_adapter(folder)
+
+
+def test_a_renamed_base_is_fine(folder):
+    reconfigure(folder, base_model_name_or_path="/moved/here")
+    assert read_adapter(folder).base == "/moved/here"
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, TENSOR_FILE])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        read_adapter(folder)
+
+
+def test_a_pickle_is_not_read(folder):
+    (folder / TENSOR_FILE).rename(folder / "adapter_model.bin")
+    with pytest.raises(FileNotFoundError, match="pickle"):
+        read_adapter(folder)
+
+
+def test_an_adapter_that_is_not_finite_is_not_saved(adapted, folder):
+    before = (folder / TENSOR_FILE).read_bytes()
+    with torch.no_grad():
+        adapted.classifier.dense.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="classifier.dense.bias is not finite"):
+        save_adapter(adapted, folder, base="tiny")
+    assert (folder / TENSOR_FILE).read_bytes() == before
+
+
+def test_saving_without_an_adapter_is_an_error(model, tmp_path):
+    with pytest.raises(RuntimeError, match="no adapter"):
+        save_adapter(model, tmp_path, base="tiny")
+
+
+@pytest.mark.parametrize("crash_at", range(6))
+def test_a_crash_while_saving_leaves_the_old_adapter_or_the_new_one(
+    adapted, config, folder, monkeypatch, crash_at
+):
+    """Whatever call to the file system the crash comes before."""
+    import pathlib
+
+    old = read_adapter(folder)
+    newer = tiny_roberta()
+    inject(newer, dataclasses.replace(config, lora_alpha=32), seed=8)
+    calls = 0
+
+    def counted(original):
+        def call(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls > crash_at:
+                raise KeyboardInterrupt
+            return original(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr("lora.files.os.fsync", counted(__import__("os").fsync))
+    monkeypatch.setattr(pathlib.Path, "replace", counted(pathlib.Path.replace))
+    with pytest.raises(KeyboardInterrupt):
+        save_adapter(newer, folder, base="tiny")
+    monkeypatch.undo()
+    found = read_adapter(folder)
+    assert found.config.lora_alpha in (old.config.lora_alpha, 32)
+    load_adapter(tiny_roberta(), folder)

@@ -1,0 +1,330 @@
+"""Whole runs on a tiny model: what they leave, that they repeat, and that they go on where they stopped."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from lora import read_adapter
+from train import evaluate, predict
+from train.__main__ import main
+from train.batches import encode
+from train.checkpoint import CheckpointError, list_checkpoints
+from train.config import Recipe
+from train.data import load_news
+from train.job import InterruptedRunError, run_job
+from train.loop import Trainer, TrainingError
+from train.metrics import Scores
+from train.runs import RunError, load_trained
+
+
+@pytest.fixture(scope="session")
+def recipe(hub_folder, csv_folder):
+    return Recipe(
+        model=str(hub_folder), data=str(csv_folder), epochs=3, batch_size=4, learning_rate=1e-2,
+        max_length_tokens=16, validation_fraction=0.25, precision="fp32", device="cpu",
+        log_every_steps=2, checkpoint_every_steps=5,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def run(recipe, tmp_path_factory):
+    """A finished run: its folder and summary."""
+    folder = tmp_path_factory.mktemp("run") / "tiny"
+    return folder, run_job("tiny", recipe, folder).summary
+
+
+def content(folder):
+    """What must repeat bit for bit."""
+    summary = json.loads((folder / "summary.json").read_text())
+    timeless = {
+        k: v for k, v in summary.items() if not k.endswith(("_seconds", "_per_second", "memory_bytes"))
+    }
+    files = [*sorted((folder / "adapter").iterdir()), folder / "metrics.jsonl", folder / "config.toml"]
+    return {path.name: path.read_bytes() for path in files}, timeless
+
+
+def test_a_run_leaves_what_the_readme_says(run, recipe):
+    folder, summary = run
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {
+        "summary.json", "metrics.jsonl", "config.toml", "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors", "figures/curves.png", "figures/confusion_matrix.png",
+        "figures/classification_report.png",
+    } <= names  # fmt: skip
+    assert list_checkpoints(folder / "checkpoint")
+    assert {
+        "recipe", "model", "data", "seed", "precision", "device", "test_accuracy", "test_macro_f1",
+        "test_confusion_matrix", "val_accuracy", "best_epoch", "lora_parameters", "head_parameters",
+        "trainable_parameters", "total_parameters", "adapter_bytes", "train_seconds", "examples_per_second",
+        "tokens_per_second", "padding_fraction", "peak_memory_bytes", "versions",
+    } <= summary.keys()  # fmt: skip
+    assert summary["precision"] == "fp32"
+    assert np.sum(summary["test_confusion_matrix"]) == 9
+    assert (folder / "config.toml").read_text() == recipe.to_toml()
+
+
+def test_the_loss_falls_and_the_news_is_learnt(run):
+    folder, summary = run
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < 0.7 * losses[0]
+    assert summary["test_accuracy"] > 0.8
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(steps)
+    assert steps[-1] == summary["steps"] == 3 * 7  # 27 rows in batches of 4
+
+
+def test_the_learning_rate_warms_up_then_follows_a_cosine(run):
+    folder, _ = run
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
+    warm, total = 2, 21
+    for step, rate in rates.items():
+        expected = 1e-2 * 0.5 * (1 + np.cos(np.pi * (step - warm) / (total - warm)))
+        assert rate == pytest.approx(expected, rel=1e-12, abs=1e-15)  # float64 arithmetic
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(run, recipe, tmp_path):
+    torch.rand(5)  # nothing drawn before matters
+    run_job("tiny", recipe, tmp_path / "again")
+    assert content(tmp_path / "again") == content(run[0])
+    run_job("tiny", dataclasses.replace(recipe, seed=1), tmp_path / "other")
+    assert content(tmp_path / "other")[0] != content(run[0])[0]
+
+
+@pytest.mark.parametrize("stop_after", [1, 5, 7, 13])
+def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(
+    run, recipe, tmp_path, monkeypatch, stop_after
+):
+    step, steps = Trainer._step, 0
+
+    def stopping(trainer, group):
+        nonlocal steps
+        steps += 1
+        if steps == stop_after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, group)
+
+    monkeypatch.setattr(Trainer, "_step", stopping)
+    with pytest.raises(InterruptedRunError) as stop:
+        run_job("tiny", recipe, tmp_path / "run")
+    assert stop.value.signal == signal.SIGTERM
+    monkeypatch.undo()
+    run_job("tiny", recipe, tmp_path / "run", resume=True)
+    assert content(tmp_path / "run") == content(run[0])
+
+
+def test_a_crash_between_checkpoints_is_made_up_for(run, recipe, tmp_path, monkeypatch):
+    step, steps = Trainer._step, 0
+
+    def crashing(trainer, group):
+        nonlocal steps
+        steps += 1
+        if steps == 13:  # three steps and a log line after the last checkpoint
+            raise MemoryError
+        return step(trainer, group)
+
+    monkeypatch.setattr(Trainer, "_step", crashing)
+    with pytest.raises(MemoryError):
+        run_job("tiny", recipe, tmp_path / "run")
+    monkeypatch.undo()
+    run_job("tiny", recipe, tmp_path / "run", resume=True)
+    assert content(tmp_path / "run") == content(run[0])
+
+
+def test_resuming_says_what_does_not_fit(run, recipe, tmp_path, capsys):
+    folder, _ = run
+    assert run_job("tiny", recipe, folder, resume=True).was_finished
+    with pytest.raises(RunError, match="epochs = 3 there, epochs = 4 now"):
+        run_job("tiny", dataclasses.replace(recipe, epochs=4), folder, resume=True)
+    with pytest.raises(RunError, match="a finished run's files in it already"):
+        run_job("tiny", recipe, folder)
+    with pytest.raises(RunError, match="no such folder"):
+        run_job("tiny", recipe, tmp_path / "nowhere", resume=True)
+    (tmp_path / "empty").mkdir()
+    run_job("tiny", dataclasses.replace(recipe, epochs=1), tmp_path / "empty", resume=True)
+    assert "resuming at step 0" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_caught_and_the_one_before_is_offered(run, recipe, tmp_path):
+    folder = tmp_path / "run"
+    run_job("tiny", recipe, folder)
+    (folder / "summary.json").unlink()
+    newest = list_checkpoints(folder / "checkpoint")[-1]
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(data)
+    with pytest.raises(CheckpointError, match="damaged.*remove it to resume from"):
+        run_job("tiny", recipe, folder, resume=True)
+    newest.unlink()
+    run_job("tiny", recipe, folder, resume=True)
+    assert content(folder) == content(run[0])
+
+
+@pytest.mark.parametrize("method", ["full", "head"])
+def test_the_baselines_train_by_the_same_loop_and_load_again(recipe, tmp_path, method):
+    other = dataclasses.replace(recipe, method=method, learning_rate=5e-3, epochs=2)
+    summary = run_job("tiny", other, tmp_path / "run").summary
+    assert summary["lora_parameters"] == 0
+    assert summary["head_parameters"] == 32 * 32 + 32 + 32 * 3 + 3
+    everything = summary["trainable_parameters"] == summary["total_parameters"]
+    assert everything == (method == "full")
+    result = evaluate.evaluate(tmp_path / "run", None)
+    assert result["scores"].confusion.tolist() == summary["test_confusion_matrix"]
+
+
+def make_trainer(recipe):
+    from lora import inject
+    from model import load_base
+
+    news = load_news(recipe.data, recipe.validation_fraction, recipe.seed)
+    model, tokenizer = load_base(recipe.model, num_labels=3, dropout=recipe.base_dropout)
+    inject(model, recipe.lora_config())
+    rows, validation = (encode(split, tokenizer, 16) for split in (news.train, news.validation))
+    return Trainer(model, recipe, rows, validation, tokenizer.pad_token_id, torch.device("cpu"), "fp32")
+
+
+def test_accumulated_batches_give_the_gradient_of_one_big_batch(recipe):
+    """27 rows as 4 x 8, the last group and its last batch short, against one batch of all 27."""
+    still = dataclasses.replace(recipe, base_dropout=0.0, lora_dropout=0.0, max_gradient_norm=0.0, epochs=1)
+    gradients = []
+    for batch_size, accumulation in ((27, 1), (8, 4), (4, 8)):
+        trainer = make_trainer(
+            dataclasses.replace(still, batch_size=batch_size, accumulation_steps=accumulation)
+        )
+        assert trainer.steps_per_epoch == 1
+        norms = []
+        step = trainer._step
+        trainer._step = lambda group, step=step, norms=norms: norms.append(step(group)) or norms[-1]
+        list(trainer.epochs())
+        gradients.append(float(norms[0]))
+    # float32 sums in another order
+    assert gradients[0] == pytest.approx(gradients[1], rel=1e-5)
+    assert gradients[0] == pytest.approx(gradients[2], rel=1e-5)
+
+
+def test_early_stopping_and_the_best_epoch(recipe, tmp_path):
+    hopeless = dataclasses.replace(recipe, learning_rate=1e-12, epochs=6, early_stopping_epochs=2)
+    summary = run_job("tiny", hopeless, tmp_path / "run").summary
+    assert summary["epochs"] <= summary["best_epoch"] + 2 < 6
+    assert summary["val_loss"] == min(row["val_loss"] for row in summary["history"])
+
+
+def test_the_best_epochs_weights_are_the_ones_saved(recipe, tmp_path, monkeypatch):
+    seen = {}
+    finish = Trainer._finish_epoch
+
+    def spy(trainer):
+        result = finish(trainer)
+        name = next(iter(trainer.trainable))
+        seen[trainer.state.epoch] = (result["val_loss"], trainer.trainable[name].detach().clone(), name)
+        return result
+
+    monkeypatch.setattr(Trainer, "_finish_epoch", spy)
+    wild = dataclasses.replace(recipe, learning_rate=0.3, epochs=4)
+    summary = run_job("tiny", wild, tmp_path / "run").summary
+    best = min(seen, key=lambda epoch: seen[epoch][0])
+    assert summary["best_epoch"] == best
+    _, weight, name = seen[best]
+    assert torch.equal(read_adapter(tmp_path / "run" / "adapter").tensors[name], weight)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(recipe, tmp_path):
+    with pytest.raises(TrainingError, match="the loss became nan in steps"):
+        run_job(
+            "tiny", dataclasses.replace(recipe, learning_rate=1e30, max_gradient_norm=0.0), tmp_path / "run"
+        )
+
+
+def test_evaluate_repeats_the_summary(run, capsys, csv_folder):
+    folder, summary = run
+    assert evaluate.main([str(folder)]) == 0
+    assert f"accuracy {summary['test_accuracy']:.4f}" in capsys.readouterr().out
+    assert evaluate.main([str(folder / "adapter"), "--data", str(csv_folder), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["confusion_matrix"] == summary["test_confusion_matrix"]
+
+
+def test_evaluate_refuses_other_classes(run, tmp_path, capsys):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text("text,label\na,x\nb,y\nc,x\nd,y\n")
+    assert evaluate.main([str(run[0]), "--data", str(tmp_path)]) == 2
+    assert "its classes are x, y; the model knows money, sport, tech" in capsys.readouterr().err
+
+
+def test_predict_gives_a_line_a_text(run, capsys, monkeypatch):
+    import io
+
+    folder, _ = run
+    texts = ["the striker scored twice", "", "shares fell as rates rose"] * 30
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(texts) + "\n"))
+    assert predict.main([str(folder)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 90
+    assert [line.split("\t")[0] for line in lines[:3]] == ["sport", "", "money"]
+    assert len({*lines[0::3]}) == len({*lines[2::3]}) == 1  # whichever batch it fell into
+    assert predict.main([str(folder / "adapter"), "--json", "the team lost the final match"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["label"] == "sport"
+    assert sum(answer["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("arguments", [["no/such/run", "text"], ["RUN", " "], ["EMPTY", "text"]])
+def test_predict_says_what_is_wrong(run, tmp_path, capsys, arguments):
+    places = {"RUN": str(run[0]), "EMPTY": str(tmp_path)}
+    assert predict.main([places.get(word, word) for word in arguments]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_labels_and_length_travel_with_the_adapter(run, recipe):
+    trained = load_trained(run[0] / "adapter")
+    assert trained.labels == ("money", "sport", "tech")
+    assert trained.max_length_tokens == recipe.max_length_tokens
+
+
+def test_the_command_ends_with_what_to_try_next(recipe, tmp_path, capsys):
+    (tmp_path / "tiny.toml").write_text(recipe.to_toml())
+    folder = tmp_path / "run"
+    assert main(["--recipe", str(tmp_path / "tiny.toml"), "--output", str(folder), "--set", "epochs=1"]) == 0
+    out, err = capsys.readouterr()
+    assert "test accuracy" in out
+    assert f"python -m train.predict {folder}" in out
+    assert "epoch 1  step 7" in err
+
+
+def test_scores_against_hand_counts():
+    scores = Scores.of(np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 1]), 4)
+    assert scores.confusion.tolist() == [[2, 1, 0, 0], [0, 1, 1, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+    assert scores.accuracy == 3 / 6
+    assert scores.precision.tolist() == [1, 1 / 3, 0, 0]
+    assert scores.recall.tolist() == [2 / 3, 1 / 2, 0, 0]
+    assert scores.f1.tolist() == [2 * 2 / 5, 2 * 1 / 5, 0, 0]
+    assert scores.macro_f1 == pytest.approx(0.3, rel=1e-15)
+
+
+def test_the_real_tokenizer_and_news_train_through_the_roberta_base_recipe(ag_news_folder, tmp_path):
+    """A folder in the hub's layout: random weights, and roberta-base's own tokenizer files."""
+    from transformers import RobertaConfig, RobertaModel
+
+    tokenizer = ag_news_folder.parent / "roberta-base-tokenizer"
+    if not tokenizer.is_dir():
+        pytest.skip("no roberta-base tokenizer beside AG_NEWS_DIR")
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, **shape)
+    RobertaModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "base")
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / "base" / name).write_bytes((tokenizer / name).read_bytes())
+    folder = tmp_path / "run"
+    assert main(
+        ["--recipe", "roberta-base", "--model", str(tmp_path / "base"), "--data", str(ag_news_folder),
+         "--output", str(folder), "--set", "epochs=1", "--set", "max_train_examples=256",
+         "--set", "max_length_tokens=48"]
+    ) == 0  # fmt: skip
+    summary = json.loads((folder / "summary.json").read_text())
+    assert np.sum(summary["test_confusion_matrix"]) == 7600
+    assert summary["labels"] == ["World", "Sports", "Business", "Sci/Tech"]
+    assert predict.main([str(folder), "Stocks fell."]) == 0

@@ -1,0 +1,129 @@
+"""From texts to padded batches: tokenised once, cut by length, ordered by seed and epoch alone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_POOL_BATCHES = 50  # rows of so many batches are sorted by length together: little padding, much mixing
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A split in tokens: row i is tokens[offsets[i]:offsets[i + 1]] (int32), its class labels[i] (int64)."""
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each row, (rows,) int64."""
+        return np.diff(self.offsets)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded to their longest: input_ids and attention_mask (B, L) int64, labels (B,) int64."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`; the copy to a GPU does not make the CPU wait."""
+        if device.type != "cuda":
+            return self
+        tensors = (self.input_ids, self.attention_mask, self.labels)
+        return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors))
+
+
+def encode(split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length_tokens: int) -> Encoded:
+    """Tokenises a split, cut to `max_length_tokens`; cached beside the other data sets of this user."""
+
+    def tokenise(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        encoded = tokenizer(rows["text"], truncation=True, max_length=max_length_tokens)
+        return {"input_ids": encoded["input_ids"]}
+
+    texts = split.select_columns("text")
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules.update(truncation=max_length_tokens, padding=None)  # it remembers those of the last call
+    key = hashlib.sha256(json.dumps(rules).encode())
+    for text in texts["text"]:
+        key.update(f"{len(text)} {text}".encode())
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "lora-by-hand" / f"{key.hexdigest()[:32]}.arrow"
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    was_on = datasets.utils.logging.is_progress_bar_enabled()
+    datasets.utils.logging.disable_progress_bar()
+    try:
+        rows = texts.map(
+            tokenise,
+            batched=True,
+            remove_columns=["text"],
+            features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
+            cache_file_name=str(cache),
+            new_fingerprint=key.hexdigest()[:16],
+        )
+    finally:
+        if was_on:
+            datasets.utils.logging.enable_progress_bar()
+    column = rows.data.column("input_ids").combine_chunks()
+    lengths = column.value_lengths().to_numpy()
+    return Encoded(
+        tokens=column.flatten().to_numpy(),
+        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+        labels=np.asarray(split["label"], dtype=np.int64),
+    )
+
+
+def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
+    """Row numbers of each batch of an epoch, every row once, rows of like length together.
+
+    Shuffled, cut into pools, sorted by length inside a pool, cut into batches, and those shuffled. All
+    but one batch, at most, have `batch_size` rows. The order depends on the lengths, seed and epoch alone.
+    """
+    rng = np.random.default_rng([seed, epoch])
+    rows = rng.permutation(len(lengths))
+    pool = batch_size * _POOL_BATCHES
+    batches = []
+    for start in range(0, len(rows), pool):
+        members = rows[start : start + pool]
+        members = members[np.argsort(lengths[members], kind="stable")]
+        batches += [members[at : at + batch_size] for at in range(0, len(members), batch_size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def batches_by_length(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Row numbers of each batch, every row once, longest first: for evaluation, least padding."""
+    rows = np.argsort(-lengths, kind="stable")
+    return [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
+
+
+def collate(encoded: Encoded, rows: np.ndarray, pad_token_id: int) -> Batch:
+    """The given rows, padded at the end to the longest of them."""
+    lengths = encoded.offsets[rows + 1] - encoded.offsets[rows]
+    input_ids = np.full((len(rows), int(lengths.max())), pad_token_id, dtype=np.int64)
+    for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        start = encoded.offsets[row]
+        input_ids[at, :length] = encoded.tokens[start : start + length]
+    attention_mask = np.arange(input_ids.shape[1]) < lengths[:, None]
+    return Batch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(attention_mask.astype(np.int64)),
+        torch.from_numpy(encoded.labels[rows]),
+    )

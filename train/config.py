@@ -1,0 +1,198 @@
+"""A recipe: everything that decides a run, read from TOML and checked as a whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lora import LoraConfig
+from model import HEAD
+
+RECIPES = Path(__file__).parent / "recipes"
+METHODS = ("lora", "full", "head")
+PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be run; the message names the field."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of a run. Raises RecipeError on a field of the wrong type or outside its range."""
+
+    model: str = "minilm"
+    data: str = "bbc"
+    method: str = "lora"  # lora | full (every weight) | head (the classification head alone)
+    seed: int = 0
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    lora_dropout: float = 0.1
+    base_dropout: float = 0.1  # RoBERTa's own, hidden and attention
+    target_modules: tuple[str, ...] | str = ("query", "value")
+    use_rslora: bool = False
+
+    epochs: int = 3
+    batch_size: int = 32  # rows of a forward pass, over all processes
+    accumulation_steps: int = 1  # batches of an optimizer step
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01  # of matrices; biases and layer norms do not decay
+    warmup_fraction: float = 0.1  # of all steps, linear; then half a cosine to zero
+    label_smoothing: float = 0.1
+    max_gradient_norm: float = 1.0  # 0: no clipping
+    max_length_tokens: int = 128
+
+    precision: str = "auto"  # auto | fp32 | bf16 | fp16
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+    deterministic: bool = False  # on CUDA the same bits every time, slower; the CPU always gives them
+    validation_fraction: float = 0.1  # of the training rows; bbc has a fixed one
+    early_stopping_epochs: int = 0  # epochs without a lower validation loss before stopping; 0: never
+    checkpoint_every_steps: int = 200
+    log_every_steps: int = 10
+    max_train_examples: int = 0  # 0: all
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _typed(field, getattr(self, field.name)))
+        _one_of("method", self.method, METHODS)
+        _one_of("precision", self.precision, PRECISIONS)
+        for name in ("model", "data"):
+            if not getattr(self, name):
+                raise RecipeError(f"{name}: empty")
+        for name in (
+            "epochs",
+            "batch_size",
+            "accumulation_steps",
+            "checkpoint_every_steps",
+            "log_every_steps",
+        ):
+            _in_range(name, getattr(self, name), 1, math.inf)
+        for name in ("early_stopping_epochs", "max_train_examples", "weight_decay", "max_gradient_norm"):
+            _in_range(name, getattr(self, name), 0, math.inf)
+        for name in ("base_dropout", "warmup_fraction", "label_smoothing"):
+            _in_range(name, getattr(self, name), 0, 1, below=True)
+        _in_range("seed", self.seed, 0, 2**32, below=True)
+        _in_range("learning_rate", self.learning_rate, 0, math.inf, above=True)
+        _in_range("validation_fraction", self.validation_fraction, 0, 1, above=True, below=True)
+        _in_range("max_length_tokens", self.max_length_tokens, 3, math.inf)  # a start, an end and a word
+        if not (self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdecimal()):
+            raise RecipeError(f"device: {self.device!r} is not auto, cpu, cuda or cuda:N")
+        try:
+            self.lora_config()
+        except (TypeError, ValueError) as error:
+            raise RecipeError(str(error)) from error
+
+    def lora_config(self) -> LoraConfig:
+        """The adapter that this recipe trains."""
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.lora_alpha,
+            lora_dropout=self.lora_dropout,
+            target_modules=self.target_modules,
+            modules_to_save=HEAD,
+            use_rslora=self.use_rslora,
+        )
+
+    def to_toml(self) -> str:
+        """The recipe, whole, in TOML."""
+        fields = dataclasses.asdict(self)
+        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in fields.items())
+
+
+def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> tuple[str, Recipe]:
+    """The recipe called `name`, or in the TOML file `name`, with `changes` on top; and its short name.
+
+    Raises RecipeError on an unknown recipe, a file that is not TOML, a misspelt field or a bad value.
+    """
+    path = RECIPES / f"{name}.toml"
+    if not path.is_file():
+        path = Path(name)
+        if not (path.suffix == ".toml" or path.is_file()):
+            known = sorted(file.stem for file in RECIPES.glob("*.toml"))
+            raise RecipeError(f"recipe {name!r}: {_nearest(name, known)}")
+    try:
+        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not TOML: {error}") from error
+    try:
+        return path.stem, make_recipe({**fields, **(changes or {})})
+    except RecipeError as error:
+        raise RecipeError(f"{path.name}: {error}") from error
+
+
+def make_recipe(fields: Mapping[str, Any]) -> Recipe:
+    """A Recipe from a mapping. Raises RecipeError; for a misspelt field it names the nearest one."""
+    known = [field.name for field in dataclasses.fields(Recipe)]
+    for name in fields:
+        if name not in known:
+            raise RecipeError(f"there is no field {name!r}: {_nearest(name, known)}")
+    return Recipe(**fields)
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """`key=value` from the command line. The value is read as TOML; anything else is text.
+
+    Names with commas between them are a list, so that `target_modules=query,value` needs no quotes.
+    Raises RecipeError.
+    """
+    key, separator, text = setting.partition("=")
+    if not separator:
+        raise RecipeError(f"--set {setting}: not of the form key=value")
+    try:
+        value = tomllib.loads(f"x = {text}")["x"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+        if key.strip() == "target_modules":
+            value = [name.strip() for name in text.split(",")]
+    return key.strip(), value
+
+
+def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
+    kind = str(field.type)
+    if kind == "int":
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise RecipeError(f"{field.name}: {value!r} is not a whole number")
+    elif kind == "float":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise RecipeError(f"{field.name}: {value!r} is not a number")
+        return float(value)
+    elif kind == "bool":
+        if not isinstance(value, bool):
+            raise RecipeError(f"{field.name}: {value!r} is not true or false")
+    elif kind == "str":
+        if not isinstance(value, str):
+            raise RecipeError(f"{field.name}: {value!r} is not text")
+    elif isinstance(value, Sequence) and not isinstance(value, str):
+        return tuple(value)
+    elif not isinstance(value, str):
+        raise RecipeError(f"{field.name}: {value!r} is not a list of names or a regular expression")
+    return value
+
+
+def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise RecipeError(f"{name}: {value!r}: {_nearest(value, allowed)}")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+
+
+def _in_range(
+    name: str, value: float, low: float, high: float, *, above: bool = False, below: bool = False
+) -> None:
+    if value < low or value > high or (above and value == low) or (below and value == high):
+        lower = f"above {low}" if above else f"at least {low}"
+        upper = "" if math.isinf(high) else f" and below {high}" if below else f" and at most {high}"
+        raise RecipeError(f"{name}: {value} is not {lower}{upper}")

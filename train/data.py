@@ -1,0 +1,250 @@
+"""Labelled news: the embedded corpus, the hub's data sets, or a folder of CSVs, as three splits."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import ClassLabel, Dataset, Features, Value
+from huggingface_hub import HfApi
+from huggingface_hub import constants as hub_constants
+
+from train.bbc import read_bbc
+
+AG_NEWS_ON_HUB = "fancyzhx/ag_news"
+
+
+class DataError(ValueError):
+    """Data that cannot be had or used; the message says which file and line, and what is wrong there."""
+
+
+@dataclass(frozen=True)
+class News:
+    """Three splits, each with `text` (str) and `label` (an index into `labels`)."""
+
+    train: Dataset
+    validation: Dataset
+    test: Dataset
+    labels: tuple[str, ...]
+
+    def digest(self) -> str:
+        """sha256 over every row of every split: two runs on the same data agree on it."""
+        sha = hashlib.sha256(repr(self.labels).encode())
+        for split in (self.train, self.validation, self.test):
+            for text, label in zip(split["text"], split["label"], strict=True):
+                sha.update(f"{label} {len(text)} {text}".encode())
+            sha.update(b"end of split")
+        return sha.hexdigest()
+
+
+def load_news(name: str, validation_fraction: float, seed: int, max_train_examples: int = 0) -> News:
+    """Labelled news by name: "bbc" (embedded), "ag_news" or another data set of the hub, or a folder.
+
+    A folder holds train.csv and test.csv in AG's own format (class from 1, title, description, no
+    header; the class names in classes.txt) or with a header `text,label`. Validation rows are cut from
+    the training rows, stratified and by `seed`; bbc has a fixed validation part. `max_train_examples`
+    keeps that many training rows, drawn by `seed`; 0 keeps all.
+
+    Raises DataError.
+    """
+    if name == "bbc":
+        rows, labels = read_bbc()
+        parts = {split: _dataset(texts, classes, labels) for split, (texts, classes) in rows.items()}
+        train, validation, test = parts["train"], parts["validation"], parts["test"]
+    else:
+        if Path(name).is_dir():
+            train, test, labels = _read_folder(Path(name))
+        else:
+            train, test, labels = _read_hub(name)
+        _refuse_too_few(name, train, labels)
+        # At least a row a class on both sides, whatever the fraction.
+        size = min(max(round(validation_fraction * len(train)), len(labels)), len(train) - len(labels))
+        parts = train.train_test_split(test_size=size, stratify_by_column="label", seed=seed)
+        train, validation = parts["train"], parts["test"]
+    if max_train_examples and max_train_examples < len(train):
+        train = train.shuffle(seed=seed).select(range(max_train_examples))
+    return News(train, validation, test, labels)
+
+
+def _refuse_too_few(name: str, train: Dataset, labels: tuple[str, ...]) -> None:
+    if len(labels) < 2:
+        raise DataError(f"{name}: a single class, {labels[0]!r}: there is nothing to tell apart")
+    counts = Counter(train["label"])
+    if len(train) < 2 * len(labels):
+        raise DataError(f"{name}: {len(train)} training rows for {len(labels)} classes; at least two a class")
+    for index, label in enumerate(labels):
+        if counts[index] < 2:
+            raise DataError(
+                f"{name}: class {label!r} has {counts[index]} training rows; at least 2, one for validation"
+            )
+
+
+def _read_folder(folder: Path) -> tuple[Dataset, Dataset, tuple[str, ...]]:
+    names = _class_names(folder / "classes.txt")
+    train_texts, train_classes = _read_csv(folder / "train.csv", names)
+    labels = names or tuple(
+        sorted(set(train_classes), key=lambda name: (len(name), name) if name.isdecimal() else (0, name))
+    )
+    test_texts, test_classes = _read_csv(folder / "test.csv", labels)
+    index = {label: position for position, label in enumerate(labels)}
+    return (
+        _dataset(train_texts, [index[name] for name in train_classes], labels),
+        _dataset(test_texts, [index[name] for name in test_classes], labels),
+        labels,
+    )
+
+
+def _class_names(path: Path) -> tuple[str, ...]:
+    """The lines of classes.txt, or none where there is no such file."""
+    if not path.is_file():
+        return ()
+    names = tuple(line.strip() for line in _decode(path).splitlines() if line.strip())
+    if len(set(names)) != len(names):
+        raise DataError(f"{path}: a class stands there twice")
+    if not names:
+        raise DataError(f"{path}: no class in it")
+    return names
+
+
+def _read_csv(path: Path, names: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The texts and class names of one file. Without `names`, a class is called what the file calls it."""
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file; a data folder holds train.csv and test.csv")
+    texts: list[str] = []
+    classes: list[str] = []
+    reader = csv.reader(_decode(path).splitlines(keepends=True), strict=True)
+    header: list[str] | None = None
+    line = 1  # where the row begins; the reader counts where it ends
+    try:
+        for row in reader:
+            where, line = f"{path}:{line}", reader.line_num + 1
+            if not row:
+                continue
+            if header is None:
+                header = [cell.strip().lower() for cell in row]
+                if sorted(header) == ["label", "text"]:
+                    continue
+                header = []
+            if header:
+                text, name = _labelled_row(where, row, header, names)
+            else:
+                text, name = _ag_row(where, row, names)
+            if not text:
+                raise DataError(f"{where}: the text is empty")
+            texts.append(text)
+            classes.append(name)
+    except csv.Error as error:
+        raise DataError(f"{path}:{line}: not CSV: {error}") from error
+    if not texts:
+        raise DataError(f"{path}: no rows in it")
+    return texts, classes
+
+
+def _labelled_row(where: str, row: list[str], header: list[str], names: tuple[str, ...]) -> tuple[str, str]:
+    if len(row) != 2:
+        raise DataError(f"{where}: {len(row)} columns, and the header has 2")
+    text, name = row[header.index("text")].strip(), row[header.index("label")].strip()
+    if not name:
+        raise DataError(f"{where}: the label is empty")
+    if names and name not in names:
+        raise DataError(f"{where}: class {name!r} is not one of {', '.join(names)}")
+    return text, name
+
+
+def _ag_row(where: str, row: list[str], names: tuple[str, ...]) -> tuple[str, str]:
+    if len(row) != 3:
+        raise DataError(
+            f"{where}: {len(row)} columns, and class, title, description are 3 (or give a header text,label)"
+        )
+    number, title, description = (cell.strip() for cell in row)
+    allowed = f"1..{len(names)}" if names else "1, 2, 3, …"
+    if not re.fullmatch("[1-9][0-9]{0,5}", number) or (names and int(number) > len(names)):
+        raise DataError(f"{where}: class {number!r} is not one of {allowed}")
+    # Joined as the hub's ag_news joins them.
+    return " ".join(filter(None, (title, description))), names[int(number) - 1] if names else number
+
+
+def _decode(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: byte 0x{data[error.start]:02x} is not UTF-8") from error
+
+
+def _read_hub(name: str) -> tuple[Dataset, Dataset, tuple[str, ...]]:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise DataError(f"{name}: there is no such folder")
+    name = AG_NEWS_ON_HUB if name == "ag_news" else name
+    splits = _fetch(name)
+    for split in ("train", "test"):
+        if split not in splits:
+            raise DataError(f"{name}: no split {split!r}; there are {', '.join(splits)}")
+        for column in ("text", "label"):
+            if column not in splits[split].column_names:
+                raise DataError(
+                    f"{name}: no column {column!r}; there are {', '.join(splits[split].column_names)}"
+                )
+    label = splits["train"].features["label"]
+    labels = (
+        tuple(label.names)
+        if isinstance(label, ClassLabel)
+        else tuple(str(value) for value in sorted(splits["train"].unique("label")))
+    )
+    by_value: dict[Any, int] = {value: index for index, value in enumerate(labels)}
+    found = []
+    for split in ("train", "test"):
+        classes = []
+        for row, (text, value) in enumerate(zip(splits[split]["text"], splits[split]["label"], strict=True)):
+            index = value if isinstance(label, ClassLabel) else by_value.get(str(value), -1)
+            if not isinstance(index, int) or not 0 <= index < len(labels):
+                raise DataError(
+                    f"{name}, {split} row {row}: class {value!r} is not one of {', '.join(labels)}"
+                )
+            if not isinstance(text, str) or not text.strip():
+                raise DataError(f"{name}, {split} row {row}: the text is empty")
+            classes.append(index)
+        found.append(_dataset(list(splits[split]["text"]), classes, labels))
+    return found[0], found[1], labels
+
+
+def _fetch(name: str) -> Any:
+    """The hub's data set, from the cache if it is there."""
+    try:
+        try:
+            HfApi().dataset_info(name, timeout=10)  # fails at once where the download would retry
+        except Exception as error:
+            return _from_cache(name, error)
+        return datasets.load_dataset(name)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"{name}: there is no folder of that name here, none in the hub's cache, and "
+            f"{hub_constants.ENDPOINT} did not give it ({reason}).\n"
+            "What works without the hub:\n"
+            "  a folder  --data FOLDER, with train.csv and test.csv\n"
+            "  the embedded news  --data bbc"
+        ) from error
+
+
+def _from_cache(name: str, unreachable: Exception) -> Any:
+    before = datasets.config.HF_HUB_OFFLINE
+    datasets.config.HF_HUB_OFFLINE = True  # with no hub to reach, load_dataset would retry for half a minute
+    try:
+        return datasets.load_dataset(name)
+    except Exception:
+        raise unreachable from None
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _dataset(texts: list[str], classes: list[int], labels: tuple[str, ...]) -> Dataset:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=list(labels))})
+    return Dataset.from_dict({"text": texts, "label": classes}, features=features)

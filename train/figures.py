@@ -1,0 +1,103 @@
+"""A run's figures: accuracy and loss by epoch, the confusion matrix, the report by class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("Agg")  # files only, no window
+from matplotlib import pyplot as plt
+
+from train.metrics import Scores
+
+_BLUE, _ORANGE, _GREEN = "#2f6db3", "#d9822b", "#3a8f5c"
+
+
+def draw_all(
+    folder: Path,
+    history: Sequence[dict[str, float]],
+    lines: Sequence[dict[str, Any]],
+    scores: Scores,
+    labels: tuple[str, ...],
+) -> None:
+    """Writes curves.png, confusion_matrix.png and classification_report.png.
+
+    history: a row an epoch (epoch, val_accuracy, val_loss). lines: the logged steps (epoch, loss).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in (
+        ("curves", _curves(history, lines)),
+        ("confusion_matrix", _confusion(scores, labels)),
+        ("classification_report", _report(scores, labels)),
+    ):
+        figure.savefig(folder / f"{name}.png", dpi=140, bbox_inches="tight")
+        plt.close(figure)
+
+
+def _curves(history: Sequence[dict[str, float]], lines: Sequence[dict[str, Any]]) -> Any:
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    epochs = [row["epoch"] for row in history]
+    left.plot(epochs, [100 * row["val_accuracy"] for row in history], marker="o", color=_BLUE)
+    left.set(xlabel="epoch", ylabel="accuracy, %", title="Validation accuracy")
+    steps = [line for line in lines if "loss" in line]
+    right.plot(
+        [line["epoch"] for line in steps], [line["loss"] for line in steps],
+        color=_ORANGE, label="training (with label smoothing and dropout)",
+    )  # fmt: skip
+    right.plot(epochs, [row["val_loss"] for row in history], marker="o", color=_BLUE, label="validation")
+    right.set(xlabel="epoch", ylabel="cross-entropy, nats", title="Loss", ylim=(0, None))
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    left.xaxis.get_major_locator().set_params(integer=True)
+    figure.tight_layout()
+    return figure
+
+
+def _confusion(scores: Scores, labels: tuple[str, ...]) -> Any:
+    counts = scores.confusion
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    size = max(4.2, 1.1 * len(labels))
+    figure, axes = plt.subplots(figsize=(size, size * 0.9))
+    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for i in range(len(labels)):
+        for j in range(len(labels)):
+            axes.text(
+                j,
+                i,
+                f"{counts[i, j]}",
+                ha="center",
+                va="center",
+                color="white" if shares[i, j] > 0.5 else "black",
+            )
+    axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
+    axes.set_yticks(range(len(labels)), labels)
+    axes.set(xlabel="predicted", ylabel="true", title=f"Test articles, accuracy {scores.accuracy:.2%}")
+    return figure
+
+
+def _report(scores: Scores, labels: tuple[str, ...]) -> Any:
+    rows = scores.report(labels)
+    figure, axes = plt.subplots(figsize=(7, 0.62 * len(labels) + 1.6))
+    at = np.arange(len(labels))
+    for shift, (key, color) in zip(
+        (-0.27, 0, 0.27), (("precision", _BLUE), ("recall", _ORANGE), ("f1", _GREEN)), strict=True
+    ):
+        values = [row[key] for row in rows]
+        axes.plot(values, at + shift, "o", color=color, label=key)
+        for value, height in zip(values, at + shift, strict=True):
+            axes.annotate(f"{value:.3f}", (value, height), (6, -3), textcoords="offset points", fontsize=7)
+    axes.set_yticks(at, [f"{row['label']} ({row['rows']})" for row in rows])
+    axes.invert_yaxis()
+    low = min(min(row[key] for row in rows) for key in ("precision", "recall", "f1"))
+    axes.set_xlim(max(0.0, low - 0.05), 1.02)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_title("Test articles by class")
+    axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08), fontsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure

@@ -1,0 +1,267 @@
+"""The training loop, in plain PyTorch: one for LoRA, for full fine-tuning and for the head alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import get_cosine_schedule_with_warmup
+
+from train.batches import Encoded, batches_by_length, collate, epoch_batches
+from train.config import Recipe
+from train.hardware import autocast
+from train.metrics import Scores
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which steps, and why."""
+
+
+@dataclass
+class State:
+    """Where a run stands, but for its tensors. What is not timing is the same however often it stopped."""
+
+    epoch: int = 0  # epochs finished
+    step_in_epoch: int = 0  # optimizer steps since
+    step: int = 0
+    best_epoch: int = 0  # counted from 1; 0: none yet
+    best_accuracy: float = -1.0
+    best_loss: float = math.inf
+    examples: int = 0  # rows trained on
+    tokens: int = 0  # of those rows, without padding
+    padded_tokens: int = 0  # with padding: what was computed
+    seconds: float = 0.0  # of training steps and validation, over all sittings
+    log_lines: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)  # a row an epoch
+
+    @property
+    def epochs_since_best(self) -> int:
+        return self.epoch - self.best_epoch
+
+
+class Trainer:
+    """The model, its optimizer and where the run stands; `epochs` trains and yields after every step.
+
+    Each random number follows from the seed and the step: a run that was stopped and resumed draws what
+    it would have drawn.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        train: Encoded,
+        validation: Encoded,
+        pad_token_id: int,
+        device: torch.device,
+        precision: str,
+    ):
+        self.model, self.recipe = model, recipe
+        self.train_rows, self.validation_rows = train, validation
+        self.pad_token_id, self.device, self.precision = pad_token_id, device, precision
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = [p for p in self.trainable.values() if p.ndim >= 2]
+        others = [p for p in self.trainable.values() if p.ndim < 2]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": recipe.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
+            lr=recipe.learning_rate,
+            fused=True,
+        )
+        batches = math.ceil(len(train) / recipe.batch_size)
+        self.steps_per_epoch = math.ceil(batches / recipe.accumulation_steps)
+        total = recipe.epochs * self.steps_per_epoch
+        self.scheduler = get_cosine_schedule_with_warmup(
+            self.optimizer, round(recipe.warmup_fraction * total), total
+        )
+        # float16's gradients underflow; scaled losses keep them in range, and steps that overflow are skipped
+        self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.state = State()
+        self.best: dict[str, Tensor] = {}
+        self._loss_sum = torch.zeros((), device=device)  # over rows since the last logged step
+        self._rows = 0
+
+    def epochs(self) -> Iterator[dict[str, Any] | None]:
+        """Trains to the end, yielding after each step: a line to log, or None."""
+        state, recipe = self.state, self.recipe
+        while state.epoch < recipe.epochs and not self._should_stop():
+            batches = epoch_batches(self.train_rows.lengths, recipe.batch_size, recipe.seed, state.epoch)
+            while state.step_in_epoch < self.steps_per_epoch:
+                started = time.perf_counter()
+                first = state.step_in_epoch * recipe.accumulation_steps
+                norm = self._step(batches[first : first + recipe.accumulation_steps])
+                state.step += 1
+                state.step_in_epoch += 1
+                due = state.step % recipe.log_every_steps == 0
+                line = self._line(norm) if due else None
+                state.seconds += time.perf_counter() - started
+                if state.step_in_epoch < self.steps_per_epoch:
+                    yield line
+            started = time.perf_counter()
+            result = self._finish_epoch()
+            state.seconds += time.perf_counter() - started
+            yield {**(line or {}), **result}
+
+    def restore_best(self) -> None:
+        """Puts the weights of the best validation epoch into the model."""
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(self.best[name])
+
+    def _step(self, group: list[np.ndarray]) -> Tensor:
+        """One optimizer step over the batches of a group; the gradient's norm before clipping."""
+        recipe, state = self.recipe, self.state
+        self.model.train()
+        rows_in_group = sum(len(rows) for rows in group)
+        for part, rows in enumerate(group):
+            torch.manual_seed(_step_seed(recipe.seed, state.step, part))
+            batch = collate(self.train_rows, rows, self.pad_token_id)
+            state.examples += len(rows)
+            state.tokens += int(batch.attention_mask.sum())
+            state.padded_tokens += batch.attention_mask.numel()
+            batch = batch.to(self.device)
+            with autocast(self.device, self.precision):
+                logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            loss_sum = F.cross_entropy(
+                logits.float(), batch.labels, reduction="sum", label_smoothing=recipe.label_smoothing
+            )
+            # Divided by the group's rows, so that a short last group is still a mean over its rows.
+            self.scaler.scale(loss_sum / rows_in_group).backward()  # type: ignore[no-untyped-call]
+            self._loss_sum += loss_sum.detach()
+            self._rows += len(rows)
+        self.scaler.unscale_(self.optimizer)
+        limit = recipe.max_gradient_norm or math.inf
+        norm = nn.utils.clip_grad_norm_(self.trainable.values(), limit)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def _line(self, gradient_norm: Tensor) -> dict[str, Any]:
+        """What is logged of the steps since the last line. Waits for the device."""
+        loss = float(self._loss_sum) / self._rows
+        if not math.isfinite(loss):
+            first = max(1, self.state.step - self.recipe.log_every_steps + 1)
+            raise TrainingError(
+                f"the loss became {loss} in steps {first} to {self.state.step}: "
+                'a lower learning_rate, max_gradient_norm above 0 or precision = "fp32" may help'
+            )
+        self._loss_sum.zero_()
+        self._rows = 0
+        return {
+            "step": self.state.step,
+            "epoch": round(self.state.epoch + self.state.step_in_epoch / self.steps_per_epoch, 4),
+            "loss": loss,
+            "learning_rate": self.scheduler.get_last_lr()[0],
+            "gradient_norm": float(gradient_norm),
+        }
+
+    def _finish_epoch(self) -> dict[str, Any]:
+        """Validates, and keeps the weights if they are the best yet.
+
+        Best by loss: of a few hundred validation rows, one more that is right is noise.
+        """
+        state = self.state
+        logits = predict_logits(
+            self.model,
+            self.validation_rows,
+            2 * self.recipe.batch_size,
+            self.pad_token_id,
+            self.device,
+            self.precision,
+        )
+        labels = self.validation_rows.labels
+        accuracy = Scores.of(labels, logits.argmax(1).numpy(), logits.shape[1]).accuracy
+        loss = float(F.cross_entropy(logits.double(), torch.from_numpy(labels)))
+        state.epoch += 1
+        state.step_in_epoch = 0
+        if loss < state.best_loss:
+            state.best_accuracy, state.best_loss, state.best_epoch = accuracy, loss, state.epoch
+            self.best = {name: p.detach().cpu().clone() for name, p in self.trainable.items()}
+        result = {"val_accuracy": accuracy, "val_loss": loss}
+        state.history.append({"epoch": state.epoch, **result})
+        return {"step": state.step, "epoch": float(state.epoch), **result}
+
+    def _should_stop(self) -> bool:
+        patience = self.recipe.early_stopping_epochs
+        return bool(patience) and self.state.epochs_since_best >= patience and self.state.epoch > 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor that the rest of the run depends on, by name, for a checkpoint."""
+        found: dict[str, Tensor] = {f"model.{name}": p for name, p in self.trainable.items()}
+        found |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+        for name, parameter in self.trainable.items():
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                found[f"optimizer.{name}.{key}"] = value
+        return {**found, "loss_sum": self._loss_sum}
+
+    def settings(self) -> dict[str, Any]:
+        """The rest of it, as JSON."""
+        return {
+            "state": dataclasses.asdict(self.state),
+            "rows": self._rows,
+            "scaler": self.scaler.state_dict(),
+            "learning_rates": self.scheduler.get_last_lr(),
+        }
+
+    @torch.no_grad()
+    def restore(self, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+        """Takes the run up where `tensors` and `settings` left it."""
+        self.state = State(**settings["state"])
+        self._rows = settings["rows"]
+        self._loss_sum.copy_(tensors["loss_sum"])
+        self.scaler.load_state_dict(settings["scaler"])
+        self.scheduler.last_epoch = self.state.step
+        self.scheduler._last_lr = settings["learning_rates"]
+        for group, rate in zip(self.optimizer.param_groups, settings["learning_rates"], strict=True):
+            group["lr"] = rate
+        for name, parameter in self.trainable.items():
+            parameter.copy_(tensors[f"model.{name}"])
+            if f"best.{name}" in tensors:
+                self.best[name] = tensors[f"best.{name}"]
+            for key in ("step", "exp_avg", "exp_avg_sq"):
+                if f"optimizer.{name}.{key}" in tensors:
+                    value = tensors[f"optimizer.{name}.{key}"].to(self.device)
+                    self.optimizer.state[parameter][key] = value
+
+
+@torch.inference_mode()
+def predict_logits(
+    model: nn.Module,
+    rows: Encoded,
+    batch_size: int,
+    pad_token_id: int,
+    device: torch.device,
+    precision: str,
+) -> Tensor:
+    """The model's logits in eval mode, (rows, classes) float32 on the CPU, in the rows' order."""
+    was_training = model.training
+    model.eval()
+    batches = batches_by_length(rows.lengths, batch_size)
+    outputs = []
+    for members in batches:
+        batch = collate(rows, members, pad_token_id).to(device)
+        with autocast(device, precision):
+            outputs.append(
+                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
+            )
+    model.train(was_training)
+    order = torch.from_numpy(np.concatenate(batches))
+    return torch.cat(outputs).cpu()[order.argsort()]
+
+
+def _step_seed(seed: int, step: int, part: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{step}:{part}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
