@@ -21,21 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora.frozen import FrozenLinear
 
-class MergeGuard(nn.Linear):
-    """An nn.Linear that takes over another one's Parameters and can swap its weight for a merged one."""
+
+class MergeGuard(FrozenLinear):
+    """A frozen Linear that can swap its weight for a merged one."""
 
     lora_A: nn.Parameter  # noqa: N815
     lora_B: nn.Parameter  # noqa: N815
     enabled: bool
 
     def __init__(self, linear: nn.Linear):
-        nn.Module.__init__(self)  # not nn.Linear's: it would allocate a weight only to drop it
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.weight = linear.weight
-        self.bias = linear.bias
-        self.training = linear.training
+        super().__init__(linear)
         self._kept: Tensor | None = None
         self._merged_from: tuple[Tensor, Tensor] | None = None
         self._merged_versions: tuple[int, int] | None = None

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lora.config import LoraConfig
+from lora.frozen import FrozenLinear
 from lora.linear import LoRALinear
 from lora.merge import merge as merge_model
 from lora.parameters import train_only
@@ -74,7 +75,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
         matched = [name for name in matched if not f"{name}.".startswith(inside_saved)]
         for name in matched:
             # Subclasses too: some are never called, others compute something else than W·x + b.
-            if type(modules[name]) is not nn.Linear:
+            if type(modules[name]) not in (nn.Linear, FrozenLinear):
                 kind = type(modules[name]).__name__
                 raise TypeError(
                     f"target_modules: {pattern!r} matches {name}, which is a {kind} and not a Linear"

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.config import check_alpha, check_dropout, check_rank
+from lora.functional import can_fuse, lora_linear
 from lora.guard import MergeGuard
 
 
@@ -61,9 +62,13 @@ class LoRALinear(MergeGuard):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype, device=self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
-        h = super().forward(x)  # W·x + b: (..., in) -> (..., out)
         if self.merged or not self.enabled:
-            return h
+            return super().forward(x)  # W·x + b: (..., in) -> (..., out)
+        weight, bias = self.compute_weights()  # W and b, in the dtype to multiply in
+        if can_fuse(x, weight, bias, self.lora_A):  # what follows, in one step that keeps less for backward
+            p = self.lora_dropout if self.training else 0.0
+            return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, p)
+        h = F.linear(x, self.weight, self.bias)  # (..., in) -> (..., out)
         x = F.dropout(x.to(self.lora_A.dtype), self.lora_dropout, self.training)
         thin = F.linear(x, self.lora_A)  # (..., in) -> (..., r)
         return (h + self.scaling * F.linear(thin, self.lora_B)).to(h.dtype)  # (..., r) -> (..., out)

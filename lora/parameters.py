@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from lora.frozen import FrozenLinear
 from lora.tree import has_adapter, lora_config, lora_layers, modules_named
 
 
@@ -15,13 +16,15 @@ class Ledger:
     """Numbers of parameters by role. lora + head + base + frozen = total; each Parameter counts once.
 
     lora: lora_A and lora_B. head: what trains of the freshly initialised parts. base: what trains of the
-    pretrained weights, none of them under LoRA. frozen: what does not train.
+    pretrained weights, none of them under LoRA. frozen: what does not train. copy_bytes: memory taken by
+    frozen weights' copies in the compute dtype, which are no parameters (lora/frozen.py).
     """
 
     lora: int
     head: int
     base: int
     frozen: int
+    copy_bytes: int = 0
 
     @property
     def trainable(self) -> int:
@@ -35,9 +38,10 @@ class Ledger:
         rows = [("LoRA", self.lora), ("head", self.head), ("base", self.base)]
         rows = [row for row in rows if row[1] or row[0] != "base"]
         rows += [("trainable", self.trainable), ("frozen", self.frozen), ("total", self.total)]
-        return "\n".join(
-            f"{role:<10}{count:>13,}  {count / max(self.total, 1):>8.3%}" for role, count in rows
-        )
+        lines = [f"{role:<10}{count:>13,}  {count / max(self.total, 1):>8.3%}" for role, count in rows]
+        if self.copy_bytes:
+            lines.append(f"copies of frozen weights in the compute dtype: {self.copy_bytes / 2**20:,.1f} MiB")
+        return "\n".join(lines)
 
 
 def count_parameters(model: nn.Module, head: Sequence[str] = ()) -> Ledger:
@@ -60,7 +64,8 @@ def count_parameters(model: nn.Module, head: Sequence[str] = ()) -> Ledger:
         else:
             role = "head" if parameter in heads else "base"
         counts[role] += parameter.numel()
-    return Ledger(**counts)
+    copy_bytes = sum(module.copy_bytes() for module in model.modules() if isinstance(module, FrozenLinear))
+    return Ledger(**counts, copy_bytes=copy_bytes)
 
 
 def train_only(model: nn.Module, names: Sequence[str]) -> None:

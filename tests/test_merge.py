@@ -39,8 +39,8 @@ def test_merging_keeps_what_the_model_computes(adapted, input_ids):
     merge(adapted)
     folded = adapted(input_ids).logits
     assert (apart - base).abs().max() > 1e-3
-    # A bound per layer is in test_exact.py; end to end, logits of order 0.1 differ by float32 roundings
-    torch.testing.assert_close(folded, apart, rtol=0, atol=1e-6)
+    # A bound per layer is in test_exact.py; end to end, logits of order 1 differ by float32 roundings
+    torch.testing.assert_close(folded, apart, rtol=0, atol=1e-5)
     assert all(layer.merged for layer in lora_layers(adapted).values())
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora import AdapterError
-from model import ModelError
+from model import ModelError, speed_up
 from model.minilm import DataPackageMissingError
 from train.batches import encode
 from train.config import Recipe, RecipeError
@@ -80,14 +80,16 @@ def evaluate(folder: Path, data: str | None) -> dict[str, Any]:
             f"{name}: its classes are {', '.join(news.labels)}; the model knows {', '.join(trained.labels)}"
         )
     device = resolve_device(recipe.device)
+    precision = resolve_precision(recipe.precision, device)
+    speed_up(trained.model.to(device), precision)
     rows = encode(news.test, trained.tokenizer, trained.max_length_tokens)
     logits = predict_logits(
-        trained.model.to(device),
+        trained.model,
         rows,
         2 * recipe.batch_size,
         trained.tokenizer.pad_token_id,
         device,
-        resolve_precision(recipe.precision, device),
+        precision,
     )
     scores = Scores.of(rows.labels, logits.argmax(1).numpy(), len(news.labels))
     return {"data": name, "labels": news.labels, "scores": scores}

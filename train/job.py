@@ -17,7 +17,7 @@ from torch import nn
 from lora import Ledger, count_parameters, inject
 from lora.files import write_atomically
 from lora.parameters import train_only
-from model import HEAD, load_base
+from model import HEAD, load_base, speed_up
 from train.batches import encode
 from train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from train.config import Recipe
@@ -82,7 +82,7 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
             f"max_length_tokens: {recipe.max_length_tokens}, and {recipe.model} reads {longest} at most"
         )
     ledger = _choose_what_trains(model, recipe)
-    model.to(device)
+    speed_up(model.to(device), precision)
     splits = {
         part: encode(getattr(news, part), tokenizer, recipe.max_length_tokens)
         for part in ("train", "validation")

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from lora import AdapterError
-from model import ModelError
+from model import ModelError, speed_up
 from model.minilm import DataPackageMissingError
 from train.hardware import autocast, resolve_device, resolve_precision
 from train.runs import RunError, Trained, load_trained
@@ -63,10 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
 def predict_lines(trained: Trained, texts: Iterable[str], batch_size: int, as_json: bool) -> Iterator[str]:
     """A line for each text, in order, read and answered in batches."""
     device = resolve_device("auto")
-    trained.model.to(device)
+    precision = resolve_precision("auto", device)
+    speed_up(trained.model.to(device), precision)
     remaining = iter(texts)
     while batch := list(islice(remaining, batch_size)):
-        probabilities = iter(_probabilities(trained, [text for text in batch if text.strip()], device))
+        probabilities = iter(
+            _probabilities(trained, [text for text in batch if text.strip()], device, precision)
+        )
         for text in batch:
             if not text.strip():
                 yield ""
@@ -85,14 +88,14 @@ def predict_lines(trained: Trained, texts: Iterable[str], batch_size: int, as_js
 
 
 @torch.inference_mode()
-def _probabilities(trained: Trained, texts: list[str], device: torch.device) -> torch.Tensor:
+def _probabilities(trained: Trained, texts: list[str], device: torch.device, precision: str) -> torch.Tensor:
     """(texts, classes) float32."""
     if not texts:
         return torch.empty(0, len(trained.labels))
     encoded = trained.tokenizer(
         texts, truncation=True, max_length=trained.max_length_tokens, padding=True, return_tensors="pt"
     ).to(device)
-    with autocast(device, resolve_precision("auto", device)):
+    with autocast(device, precision):
         logits = trained.model(
             input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]
         ).logits

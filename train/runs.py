@@ -12,6 +12,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lora import AdapterError, load_adapter, read_adapter, save_adapter
 from lora.files import CONFIG_FILE, write_atomically
@@ -33,7 +34,7 @@ class RunError(RuntimeError):
 class Trained:
     """A model as a run left it, in eval mode, with what is needed to use it."""
 
-    model: nn.Module
+    model: PreTrainedModel
     tokenizer: Any
     labels: tuple[str, ...]
     max_length_tokens: int

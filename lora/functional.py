@@ -1,0 +1,146 @@
+"""The autograd function behind LoRALinear: the same formula, with less kept for backward.
+
+    h = W·x + b + s·B·A·m(x)        s = scaling / (1 - p),  m = dropout's mask, p its probability
+
+Written plainly, autograd would keep x for A and again with the mask laid over it, a copy of W where
+autocast casts it, and the scaled products. What backward needs is less, with g = ∂L/∂h, n rows:
+
+    ∂L/∂B = s·gᵀ·(A·m(x))           keeps the thin product A·m(x), (n, r)
+    ∂L/∂A = s·(B·gᵀ)·m(x)           keeps x, (n, in): one tensor for query, key and value
+    ∂L/∂x = W·g + m(s·A·B·g)        keeps the mask, one bit an element, and W itself, no copy
+
+W and b are frozen and get no gradient; ∂L/∂x is left out where nobody needs it. Everything thin is
+multiplied first (n·r numbers, not n·in), the order that is cheapest for any r below in and out
+(compare arXiv 2312.03415).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lora.dropout import draw_keep, pack, unpack, zero_dropped
+
+_use_plain = False
+
+
+@contextmanager
+def plain_formula() -> Iterator[None]:
+    """LoRALinear computes the plain formula inside: slower, and differentiable any number of times."""
+    global _use_plain
+    before, _use_plain = _use_plain, True
+    try:
+        yield
+    finally:
+        _use_plain = before
+
+
+def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor) -> bool:
+    """Whether `lora_linear` covers the case; else the plain formula does.
+
+    Not for a base that trains, for torch.compile (it fuses the plain formula by itself), torch.func, or
+    a 16-bit base with float32 adapters outside autocast, where the two products differ in dtype.
+    """
+    if _use_plain or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return False
+    return torch.is_autocast_enabled(x.device.type) or x.dtype == weight.dtype == lora_A.dtype
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    """W·x + b + scaling·B·A·dropout(x): x (..., in) -> (..., out), in autocast's dtype or else x's.
+
+    weight (out, in) and bias (out,) must be frozen, in any dtype; lora_A (r, in) and lora_B (out, r) get
+    gradients in their own. dropout: the probability, 0 outside training.
+
+    Raises RuntimeError in a backward with create_graph=True: there is no second derivative here.
+    """
+    if torch.is_autocast_enabled(x.device.type):
+        x = cast_shared(x, torch.get_autocast_dtype(x.device.type))
+    out: Tensor = _LoRALinear.apply(x, weight, bias, lora_A, lora_B, scaling, dropout)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor,
+        scaling: float, dropout: float,
+    ) -> Tensor:  # fmt: skip
+        rows = x.reshape(-1, x.shape[-1])  # (n, in)
+        h = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))  # (n, out)
+        packed = None
+        if dropout:
+            keep = draw_keep(rows.shape, dropout, x.device)
+            packed = pack(keep)
+            rows = zero_dropped(rows, keep)
+        thin = F.linear(rows, lora_A.to(x.dtype))  # (n, r)
+        ctx.scaling = scaling / (1 - dropout)
+        h.addmm_(thin, lora_B.to(x.dtype).t(), alpha=ctx.scaling)
+        ctx.save_for_backward(x, weight, lora_A, lora_B, thin, packed)
+        return h.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the fused LoRA function has no second derivative; lora.functional.plain_formula() has"
+            )
+        x, weight, lora_A, lora_B, thin, packed = ctx.saved_tensors
+        rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])  # (n, in), (n, out)
+        needs_x, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
+        keep = None if packed is None else unpack(packed, rows.shape)
+        thin_grad = (g @ lora_B.to(g.dtype)).mul_(ctx.scaling)  # (n, r)
+        grad_x = grad_A = grad_B = None
+        if needs_A:
+            dropped = rows if keep is None else zero_dropped(rows, keep)
+            grad_A = (thin_grad.t() @ dropped).to(lora_A.dtype)  # (r, in)
+        if needs_B:
+            grad_B = (g.t() @ thin).to(lora_B.dtype).mul_(ctx.scaling)  # (out, r)
+        if needs_x:
+            grad_x = thin_grad @ lora_A.to(g.dtype)  # (n, in)
+            if keep is not None:
+                grad_x = zero_dropped(grad_x, keep)
+            grad_x = grad_x.addmm_(g, weight.to(g.dtype)).view(x.shape)
+        return grad_x, None, None, grad_A, grad_B, None, None
+
+
+_last_cast: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
+
+
+def cast_shared(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` in `dtype`, the same tensor again when query, key and value ask one after another.
+
+    Autocast would cast for each of them. Only weak references are kept, so nothing lives longer.
+    """
+    global _last_cast
+    if x.dtype == dtype:
+        return x
+    if _last_cast is not None:
+        source, version, result = _last_cast[0](), _last_cast[1], _last_cast[2]()
+        if (
+            source is x
+            and result is not None
+            and version == x._version
+            and result.dtype == dtype
+            and result.requires_grad == (x.requires_grad and torch.is_grad_enabled())
+        ):
+            return result
+    result = x.to(dtype)
+    _last_cast = (weakref.ref(x), 0 if x.is_inference() else x._version, weakref.ref(result))
+    return result

@@ -1,0 +1,164 @@
+"""Drop-in dropout and attention that train faster, and `speed_up`, which puts them in.
+
+On the CPU torch's dropout draws a float an element, and its fused attention is slower than the plain
+products it replaces, backward most of all (bench/NOTES.md has the figures). So here dropout draws 16
+bits an element, and attention is written out with its backward: the probabilities are computed a second
+time there, so that no (length x length) matrix is kept but dropout's mask, one bit an element. On CUDA
+both leave the work to torch's own kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lora.dropout import draw_keep, pack, unpack, zero_dropped
+from lora.frozen import FrozenLinear
+
+ATTENTION = "lora_fast"
+_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def speed_up(model: PreTrainedModel, precision: str = "bf16") -> None:
+    """Makes the model's forward and backward faster, in place; a second call changes nothing.
+
+    Dropout and attention are swapped for the ones here. With precision bf16 or fp16, every frozen Linear
+    gets a copy of its weight in that dtype, for use under autocast: 2 bytes a weight (count_parameters
+    shows them), where autocast would cast at every forward. Parameters stay as they are. Outputs in eval
+    mode stay the same to the precision at hand; in training, dropout draws other random numbers with the
+    same probabilities (lora/dropout.py).
+
+    Raises ValueError on another precision.
+    """
+    if precision not in _DTYPES:
+        raise ValueError(f"precision: {precision!r} is not one of {', '.join(_DTYPES)}")
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is nn.Dropout:
+                setattr(parent, name, FastDropout(child.p).train(child.training))
+            elif type(child) is nn.Linear and not child.weight.requires_grad:
+                setattr(parent, name, FrozenLinear(child))
+    for module in model.modules():
+        if isinstance(module, FrozenLinear):
+            module.compute_dtype = _DTYPES[precision]
+    model.set_attn_implementation(ATTENTION)
+
+
+class FastDropout(nn.Dropout):
+    """nn.Dropout with cheap random bits on the CPU; the same x at p = 0 and in eval mode."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu" or _traced():
+            return super().forward(x)
+        out: Tensor = _Dropout.apply(x, self.p)  # type: ignore[no-untyped-call]
+        return out
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
+        keep = draw_keep(x.shape, p, x.device)
+        ctx.p = p
+        ctx.save_for_backward(pack(keep))
+        return zero_dropped(x, keep).mul_(1 / (1 - p))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        keep = unpack(ctx.saved_tensors[0], grad.shape)
+        return zero_dropped(grad, keep).mul(1 / (1 - ctx.p)), None
+
+
+def fast_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **rest: Any,
+) -> tuple[Tensor, None]:
+    """Attention in transformers' own interface: query, key, value (B, H, L, d) -> (B, L, H, d).
+
+    attention_mask: True where a key is attended, broadcast to (B, H, L, L), or None.
+    """
+    if query.device.type != "cpu" or _traced() or query.shape != key.shape:
+        result: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest
+        )
+        return result
+    scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
+    bias = None
+    if attention_mask is not None:
+        # Half of the lowest number: what is added to a score still cannot overflow.
+        lowest = torch.finfo(query.dtype).min / 2
+        bias = torch.zeros(attention_mask.shape, dtype=query.dtype).masked_fill_(~attention_mask, lowest)
+    out: Tensor = _Attention.apply(query, key, value, bias, scaling, dropout)  # type: ignore[no-untyped-call]
+    return out.transpose(1, 2), None
+
+
+class _Attention(torch.autograd.Function):
+    """O = D(softmax(s·Q·Kᵀ + bias))·V / (1 - p), D dropout's mask (arXiv 1706.03762, equation 1)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scaling: float, p: float
+    ) -> Tensor:
+        ctx.scaling, ctx.p = scaling, p
+        probabilities = _probabilities(q, k, bias, scaling)  # (B·H, L, L)
+        packed = None
+        if p:
+            keep = draw_keep(probabilities.shape, p, q.device)
+            packed = pack(keep)
+            probabilities = zero_dropped(probabilities, keep)
+        ctx.save_for_backward(q, k, v, bias, packed)
+        out = torch.bmm(probabilities, _heads(v))
+        return (out.mul_(1 / (1 - p)) if p else out).view(q.shape)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bias, packed = ctx.saved_tensors
+        probabilities = _probabilities(q, k, bias, ctx.scaling)
+        g = _heads(grad)
+        g = g * (1 / (1 - ctx.p)) if ctx.p else g
+        dropped = probabilities
+        score_grad = torch.bmm(g, _heads(v).transpose(1, 2))  # (B·H, L, L)
+        if packed is not None:
+            keep = unpack(packed, probabilities.shape)
+            dropped = zero_dropped(probabilities, keep)
+            score_grad = zero_dropped(score_grad, keep)
+        v_grad = torch.bmm(dropped.transpose(1, 2), g)
+        score_grad = torch._softmax_backward_data(score_grad, probabilities, -1, probabilities.dtype)
+        q_grad = torch.bmm(score_grad, _heads(k)).mul_(ctx.scaling)
+        k_grad = torch.bmm(score_grad.transpose(1, 2), _heads(q)).mul_(ctx.scaling)
+        return q_grad.view(q.shape), k_grad.view(k.shape), v_grad.view(v.shape), None, None, None
+
+
+def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
+    """softmax(scaling·Q·Kᵀ + bias), (B·H, L, L)."""
+    scores = torch.bmm(_heads(q) * scaling, _heads(k).transpose(1, 2))
+    if bias is not None:
+        scores.view(*q.shape[:2], *scores.shape[1:]).add_(bias)
+    return scores.softmax(-1)
+
+
+def _heads(x: Tensor) -> Tensor:
+    """(B, H, L, d) -> (B·H, L, d)."""
+    return x.reshape(-1, *x.shape[2:])
+
+
+def _traced() -> bool:
+    """Inside torch.compile or torch.func, which do not see through an autograd function."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+AttentionInterface.register(ATTENTION, fast_attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)
