@@ -93,7 +93,7 @@ class _LoRALinear(torch.autograd.Function):
         ctx.scaling = scaling / (1 - dropout)
         h.addmm_(thin, lora_B.to(x.dtype).t(), alpha=ctx.scaling)
         ctx.save_for_backward(x, weight, lora_A, lora_B, thin, packed)
-        return h.view(*x.shape[:-1], -1)
+        return h.view(*x.shape[:-1], h.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

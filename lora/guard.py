@@ -4,6 +4,7 @@ The state is one tensor: `_kept`, the weight from before the merge, or None. Eve
 does with a module while it is merged goes through here:
 
     forward, training    error: gradients would flow past the adapter
+    backward, in eval    the same error, unless lora_A is frozen
     forward, lora_A or lora_B changed since the merge
                          error: the merged weight no longer holds them
     state_dict           the kept weight, so that what is saved is the unmerged layer
@@ -80,12 +81,15 @@ class MergeGuard(FrozenLinear):
         self._merged_versions = (self.lora_A._version, self.lora_B._version)
 
     def _refuse_if_stale(self) -> None:
+        versions = (self.lora_A._version, self.lora_B._version)
+        stale = self._merged_versions not in (None, versions)
         # A version counter misses writes through `.data`, so on the CPU the values are compared too; on
-        # an accelerator that would make every forward wait for the device.
-        stale = self._merged_versions != (self.lora_A._version, self.lora_B._version)
-        if not stale and self._merged_from is not None and self.weight.device.type == "cpu":
+        # an accelerator that would make every forward wait for the device. A copy's counters start anew.
+        if not stale and (self._merged_versions is None or self.weight.device.type == "cpu"):
+            assert self._merged_from is not None
             kept_A, kept_B = self._merged_from
             stale = not (torch.equal(kept_A, self.lora_A) and torch.equal(kept_B, self.lora_B))
+            self._merged_versions = versions
         if stale:
             raise RuntimeError(
                 "lora_A or lora_B changed while merged: the merged weight is stale; unmerge and merge again"
@@ -98,6 +102,9 @@ class MergeGuard(FrozenLinear):
                     "training while merged: gradients would flow past the adapter; unmerge the model first"
                 )
             self._refuse_if_stale()
+            if torch.is_grad_enabled() and self.lora_A.requires_grad:
+                out: Tensor = _NoWayBack.apply(super().forward(x), self.lora_A)  # type: ignore[no-untyped-call]
+                return out
         return super().forward(x)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -111,6 +118,9 @@ class MergeGuard(FrozenLinear):
                 f"{prefix.rstrip('.') or 'the layer'}: load_state_dict into a merged layer; unmerge first"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_merged_versions": None}
 
     @torch.no_grad()
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergeGuard:
@@ -126,3 +136,16 @@ class MergeGuard(FrozenLinear):
             self.unmerge()
             self.merge()
         return self
+
+
+class _NoWayBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, lora_A: Tensor) -> Tensor:
+        return h.view_as(h)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        raise RuntimeError(
+            "backward while merged: gradients would flow past the adapter; unmerge the model first, "
+            "or freeze the adapter if gradients of the input alone are wanted"
+        )

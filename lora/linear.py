@@ -65,9 +65,13 @@ class LoRALinear(MergeGuard):
         if self.merged or not self.enabled:
             return super().forward(x)  # W·x + b: (..., in) -> (..., out)
         weight, bias = self.compute_weights()  # W and b, in the dtype to multiply in
-        if can_fuse(x, weight, bias, self.lora_A):  # what follows, in one step that keeps less for backward
+        if can_fuse(x, weight, bias, self.lora_A):  # the formula in one step, which keeps less for backward
             p = self.lora_dropout if self.training else 0.0
             return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, p)
+        return self.formula(x)
+
+    def formula(self, x: Tensor) -> Tensor:
+        """W·x + b + scaling·B·A·dropout(x), written plainly: the reference, and what torch.compile sees."""
         h = F.linear(x, self.weight, self.bias)  # (..., in) -> (..., out)
         x = F.dropout(x.to(self.lora_A.dtype), self.lora_dropout, self.training)
         thin = F.linear(x, self.lora_A)  # (..., in) -> (..., r)

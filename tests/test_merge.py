@@ -164,7 +164,11 @@ def test_training_while_merged_is_an_error(adapted, input_ids):
     with torch.no_grad():
         adapted(input_ids)
     adapted.eval()
-    adapted(input_ids)
+    with pytest.raises(RuntimeError, match="backward while merged"):
+        adapted(input_ids).logits.sum().backward()
+    for layer in lora_layers(adapted).values():  # a gradient of the input alone is fine
+        layer.lora_A.requires_grad_(False)
+    adapted(input_ids).logits.sum().backward()
 
 
 @pytest.mark.parametrize("change", [lambda p: p.add_(1), lambda p: p.data.mul_(2)])

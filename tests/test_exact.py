@@ -1,0 +1,297 @@
+"""Exact: merged weights against rational arithmetic, cycles bit for bit, outputs within the error bound.
+
+The oracle for rounding is exact: floats are rationals, and `fractions` adds and multiplies them without
+error. The bounds are those of standard floating-point error analysis (Higham, Accuracy and Stability of
+Numerical Algorithms, chapter 3), with γ_n = n·u / (1 - n·u) for n operations of unit roundoff u.
+"""
+
+import copy
+from fractions import Fraction
+
+import pytest
+import torch
+from conftest import randomise_adapter, tiny_roberta
+from torch import nn
+
+from lora import LoRALinear, inject, load_adapter, merge, merged, save_adapter, unmerge
+from lora.tree import lora_layers
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+U64 = Fraction(1, 2**53)
+
+
+def gamma(n: int, u: Fraction | float) -> Fraction | float:
+    return n * u / (1 - n * u)
+
+
+def make_layer(dtype, kind="plain", r=3, shape=(5, 7), seed=0, **settings) -> LoRALinear:
+    """kind: "cancel" makes W the negative of the delta, as near as the dtype holds it; "tiny" and "large"
+    reach for the ends of the range."""
+    generator = torch.Generator().manual_seed(seed)
+    layer = LoRALinear(nn.Linear(shape[1], shape[0]).to(dtype), r=r, lora_alpha=0.7 * r, **settings)
+    with torch.no_grad():
+        layer.weight.copy_(torch.randn(shape, generator=generator))
+        layer.lora_A.copy_(torch.randn(layer.lora_A.shape, generator=generator))
+        layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator))
+        if kind == "cancel":
+            layer.weight.copy_(-layer.delta_weight())
+        if kind in ("tiny", "large"):
+            factor = {"tiny": torch.finfo(dtype).tiny, "large": torch.finfo(dtype).max / 4096}[kind]
+            layer.weight.mul_(factor)
+            layer.lora_B.mul_(factor)
+    return layer
+
+
+def exact_merge(layer: LoRALinear) -> list[list[tuple[Fraction, Fraction]]]:
+    """W + scaling·B·A of each element as a rational, and |W| + |scaling|·|B|·|A|, its condition."""
+    scaling = Fraction(layer.scaling)
+    W, A, B = (
+        [[Fraction(value) for value in row] for row in tensor.double().tolist()]
+        for tensor in (layer.base_weight, layer.lora_A, layer.lora_B)
+    )
+    result = []
+    for i, row in enumerate(W):
+        result.append([])
+        for j, w in enumerate(row):
+            products = [B[i][k] * A[k][j] for k in range(len(A))]
+            magnitude = abs(w) + abs(scaling) * sum(map(abs, products))
+            result[-1].append((w + scaling * sum(products), magnitude))
+    return result
+
+
+def ulp(value: Fraction, dtype: torch.dtype) -> Fraction:
+    """The gap between neighbouring floats of `dtype` at `value`."""
+    digits = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}[dtype]
+    smallest = Fraction(torch.finfo(dtype).smallest_normal) * Fraction(2) ** (1 - digits)
+    if value == 0:
+        return smallest
+    exponent = abs(value.numerator).bit_length() - value.denominator.bit_length()
+    if Fraction(2) ** exponent > abs(value):
+        exponent -= 1
+    return max(Fraction(2) ** (exponent + 1 - digits), smallest)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["plain", "cancel", "tiny", "large"])
+@pytest.mark.parametrize("r", [1, 3, 16])
+def test_merging_is_within_half_an_ulp_and_the_cancellation_of_the_exact_sum(dtype, kind, r):
+    """|merged - exact| <= ½ulp·(1 + 2⁻¹²) + γ_{r+2}·(|W| + |s|·|B|·|A|), u = 2⁻⁵³.
+
+    The first term is one rounding; torch rounds float64 to 16 bits through float32, hence the 2⁻¹². The
+    second is what r products, their sum, the scaling and adding W lose in float64.
+    """
+    for seed in range(4):
+        layer = make_layer(dtype, kind, r, seed=seed)
+        exact = exact_merge(layer)
+        base = layer.weight.detach().clone()
+        layer.merge()
+        assert not torch.equal(layer.weight, base)
+        for got_row, exact_row in zip(layer.weight.double().tolist(), exact, strict=True):
+            for got, (wanted, magnitude) in zip(got_row, exact_row, strict=True):
+                bound = ulp(wanted, dtype) / 2 * (1 + Fraction(1, 2**12)) + gamma(r + 2, U64) * magnitude
+                assert abs(Fraction(got) - wanted) <= bound
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("cycles", [1, 1000])
+def test_cycles_give_back_every_bit(dtype, cycles):
+    layer = make_layer(dtype, shape=(24, 40))
+    with torch.no_grad():
+        layer.weight[0, :4] = torch.tensor([-0.0, 0.0, torch.finfo(dtype).tiny, -torch.finfo(dtype).tiny])
+    before = layer.weight.detach().clone().view(torch.uint8)
+    for _ in range(cycles):
+        layer.merge()
+        layer.unmerge()
+    assert torch.equal(layer.weight.detach().view(torch.uint8), before)
+    assert layer._kept is None
+
+
+def test_a_peers_way_drifts_where_this_one_does_not():
+    """Subtracting the delta again, as PEFT does: what the kept weight is for."""
+    layer = make_layer(torch.bfloat16, shape=(64, 64))
+    weight = layer.weight.detach().clone()
+    delta = layer.delta_weight().to(torch.bfloat16)
+    for _ in range(100):
+        weight = weight + delta
+        weight = weight - delta
+    assert not torch.equal(weight, layer.weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["plain", "cancel"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_merged_layers_outputs_differ_by_no_more_than_rounding(dtype, kind, use_rslora):
+    """Element by element, from the shapes and values at hand; no picked tolerance.
+
+    Both layers compute y = (W + ΔW)·x + b, each with its own roundings. Products are summed in u_acc
+    (float32 for 16-bit weights, else the weight's own) and stored in u; adapters compute in u_A.
+        apart:  γ_{in+1}(u_acc)·(|W||x| + |b|) + u·|y₀|       the frozen product, y₀, stored
+                + γ_{in+r+3}(u_A)·|s||B||A||x|                the thin products
+                + (u + u_A)·(|y₀| + |s||B||A||x|)             their sum, stored
+        merged: (½ulp bound of the merge)·|x|
+                + γ_{in+1}(u_acc)·(|W'||x| + |b|) + 2u·|y'|   the merged product, stored
+    """
+    layer = make_layer(dtype, kind, r=4, shape=(24, 96), use_rslora=use_rslora).eval()
+    x = torch.randn(10, 96, generator=torch.Generator().manual_seed(3)).to(dtype)
+    with torch.no_grad():
+        apart = layer(x).double()
+        W, b, A, B = (t.detach().double() for t in (layer.weight, layer.bias, layer.lora_A, layer.lora_B))
+        layer.merge()
+        folded = layer(x).double()
+        merged_W = layer.weight.detach().double()
+    u = torch.finfo(dtype).eps / 2
+    u_acc = max(torch.finfo(torch.float64).eps / 2, min(u, 2.0**-24)) if dtype != torch.float64 else u
+    u_A = torch.finfo(layer.lora_A.dtype).eps / 2
+    size, r, s = 96, 4, layer.scaling
+    X = x.double()
+    adapter = s * (X.abs() @ A.abs().T @ B.abs().T)
+    frozen = X.abs() @ W.abs().T + b.abs()
+    y0 = (X @ W.T + b).abs() + gamma(size + 1, u_acc) * frozen
+    bound_apart = (
+        gamma(size + 1, u_acc) * frozen + 2 * u * y0 + gamma(size + r + 3, u_A) * adapter
+        + (u + u_A) * (1 + 2 * u) * (y0 + adapter)
+    )  # fmt: skip
+    merge_error = u * (1 + 2.0**-12) * (W + s * B @ A).abs() + gamma(r + 2, 2.0**-53) * (
+        W.abs() + s * B.abs() @ A.abs()
+    )
+    merge_error += torch.finfo(dtype).smallest_normal * u  # subnormal results have a fixed ulp
+    folded_size = X.abs() @ merged_W.abs().T + b.abs()
+    y1 = folded.abs() / (1 - 2 * u)
+    bound_merged = X.abs() @ merge_error.T + gamma(size + 1, u_acc) * folded_size + 2 * u * y1
+    difference = (apart - folded).abs()
+    assert difference.max() > 0
+    assert (difference <= bound_apart + bound_merged).all()
+    # and the bound says something: it is far below what the adapter does
+    if kind == "plain":
+        assert (bound_apart + bound_merged).max() < adapter.max() / 4
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_merge_inside_autocast_is_seen_by_the_next_forward(use_rslora):
+    layer = make_layer(torch.float32, shape=(8, 16), use_rslora=use_rslora).eval()
+    layer.weight.requires_grad_(True)  # autocast caches the casts of such weights alone
+    x = torch.randn(4, 16)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        layer.enabled = False
+        base = layer(x)
+        layer.enabled = True
+        apart = layer(x)
+        layer.merge()
+        folded = layer(x)
+        layer.unmerge()
+        again = layer(x)
+    assert torch.equal(again, apart)
+    assert (folded - apart).abs().max() < (base - apart).abs().max() / 4
+
+
+def test_dropout_is_never_baked_in():
+    layers = [make_layer(torch.float32, lora_dropout=p) for p in (0.0, 0.9)]
+    for layer in layers:
+        layer.train()
+        layer.merge()
+    assert torch.equal(layers[0].weight, layers[1].weight)
+
+
+# --- what torch does with a module, while it is merged --------------------------------------------
+
+
+@pytest.fixture
+def adapted(model, config):
+    inject(model, config)
+    randomise_adapter(model)
+    return model
+
+
+def test_modes_state_dicts_copies_and_saves_change_nothing(adapted, input_ids, tmp_path):
+    merge(adapted)
+    with torch.no_grad():
+        before = adapted(input_ids).logits
+        adapted.train()
+        adapted.eval()
+        adapted.state_dict()
+        copy.deepcopy(adapted)
+        save_adapter(adapted, tmp_path, base="tiny")
+        adapted.requires_grad_(False)
+        adapted.to("cpu")
+        assert torch.equal(adapted(input_ids).logits, before)
+    assert all(layer.merged for layer in lora_layers(adapted).values())
+
+
+def test_a_merged_models_state_dict_is_the_unmerged_ones(adapted, config, input_ids):
+    apart = {key: tensor.clone() for key, tensor in adapted.state_dict().items()}
+    with merged(adapted):
+        state = {key: tensor.clone() for key, tensor in adapted.state_dict().items()}
+    assert state.keys() == apart.keys()
+    assert all(torch.equal(state[key], apart[key]) for key in apart)
+    fresh = tiny_roberta(seed=5)
+    inject(fresh, config)
+    fresh.load_state_dict(state)
+    assert torch.equal(fresh(input_ids).logits, adapted(input_ids).logits)
+
+
+def test_loading_a_state_dict_into_a_merged_model_is_an_error(adapted):
+    state = {key: tensor.clone() for key, tensor in adapted.state_dict().items()}
+    merge(adapted)
+    with pytest.raises(RuntimeError, match="merged layer; unmerge first"):
+        adapted.load_state_dict(state)
+
+
+def test_a_copy_of_a_merged_model_computes_the_same_and_unmerges_by_itself(adapted, input_ids):
+    before = {name: layer.weight.detach().clone() for name, layer in lora_layers(adapted).items()}
+    merge(adapted)
+    twin = copy.deepcopy(adapted)
+    assert torch.equal(twin(input_ids).logits, adapted(input_ids).logits)
+    unmerge(twin)
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in lora_layers(twin).items())
+    assert all(layer.merged for layer in lora_layers(adapted).values())
+    assert not any(torch.equal(layer.weight, before[name]) for name, layer in lora_layers(adapted).items())
+
+
+def test_the_kept_weight_is_no_alias_and_goes_with_the_merge(adapted):
+    merge(adapted)
+    for layer in lora_layers(adapted).values():
+        assert layer._kept.untyped_storage().data_ptr() != layer.weight.untyped_storage().data_ptr()
+        kept = layer._kept.clone()
+        with torch.no_grad():
+            layer.weight.add_(1)
+        assert torch.equal(layer._kept, kept)
+    unmerge(adapted)
+    assert all(layer._kept is None for layer in lora_layers(adapted).values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_moving_a_merged_model_to_another_dtype_merges_anew_from_the_base(adapted, dtype):
+    moved = copy.deepcopy(adapted).to(dtype)
+    merge(moved)
+    merge(adapted)
+    adapted.to(dtype)
+    for (_, layer), (_, wanted) in zip(lora_layers(adapted).items(), lora_layers(moved).items(), strict=True):
+        assert layer.merged
+        assert layer.weight.dtype == layer._kept.dtype == dtype
+        assert torch.equal(layer.weight, wanted.weight)
+        assert torch.equal(layer._kept, wanted._kept)
+
+
+def test_an_adapter_trained_while_another_copy_was_merged_loads_where_it_belongs(
+    adapted, input_ids, tmp_path
+):
+    with merged(adapted):
+        save_adapter(adapted, tmp_path, base="tiny")
+    fresh = tiny_roberta()
+    load_adapter(fresh, tmp_path)
+    assert torch.equal(fresh(input_ids).logits, adapted(input_ids).logits)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cycles_give_back_every_bit_on_cuda(dtype):
+    layer = make_layer(dtype, shape=(24, 40)).to("cuda")
+    before = layer.weight.detach().clone().view(torch.uint8)
+    for _ in range(1000):
+        layer.merge()
+        layer.unmerge()
+    assert torch.equal(layer.weight.detach().view(torch.uint8), before)
+    layer.merge()
+    layer.to("cpu")
+    layer.unmerge()
+    assert torch.equal(layer.weight.detach().view(torch.uint8), before.cpu())

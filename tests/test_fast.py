@@ -1,0 +1,433 @@
+"""The fast parts beside their plain twins: the same values, the same gradients, less kept."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomise_adapter, tiny_roberta
+from torch import nn
+from torch.autograd import gradcheck
+from torch.autograd.graph import saved_tensors_hooks
+
+from lora import LoRALinear, count_parameters, inject, merge, unmerge
+from lora.dropout import draw_keep, keep_probability, pack, unpack, zero_dropped
+from lora.frozen import FrozenLinear
+from lora.functional import cast_shared, lora_linear, plain_formula
+from lora.tree import lora_layers
+from model import speed_up
+from model.fast import FastDropout, fast_attention
+
+CPU = torch.device("cpu")
+# A statistic further from its mean than this many standard deviations comes once in 1.7 million runs.
+FALSE_ALARM_SIGMAS = 5
+
+
+def make_layer(dtype=torch.float32, in_features=12, out_features=20, r=3, p=0.0, bias=True) -> LoRALinear:
+    torch.manual_seed(0)
+    linear = nn.Linear(in_features, out_features, bias=bias).to(dtype).requires_grad_(False)
+    layer = LoRALinear(linear, r=r, lora_alpha=2 * r, lora_dropout=p)
+    nn.init.normal_(layer.lora_B)
+    return layer
+
+
+# --- the fused LoRA function -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck_in_float64(p, bias):
+    layer = make_layer(torch.float64, p=p, bias=bias)
+    x = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+
+    def function(x, A, B):
+        torch.manual_seed(1)  # the same mask each time
+        return lora_linear(x, layer.weight, layer.bias, A, B, layer.scaling, p)
+
+    assert gradcheck(function, (x, layer.lora_A, layer.lora_B))
+
+
+@pytest.mark.parametrize("shape", [(12,), (7, 12), (2, 5, 12), (2, 3, 2, 12), (0, 12), (3, 0, 12)])
+@pytest.mark.parametrize(("out_features", "r"), [(20, 3), (1, 1), (12, 40)])
+def test_values_and_gradients_are_the_plain_formulas(shape, out_features, r):
+    layer = make_layer(out_features=out_features, r=r)
+    results = []
+    for plain in (False, True):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(2), requires_grad=True)
+        if plain:
+            with plain_formula():
+                h = layer(x)
+        else:
+            h = layer(x)
+        h.square().sum().backward()
+        results.append((h.detach(), x.grad, layer.lora_A.grad.clone(), layer.lora_B.grad.clone()))
+        layer.zero_grad()
+    for fused, plain in zip(*results, strict=True):
+        assert fused.shape == plain.shape
+        # float32: sums of at most 40 terms, 2⁻²⁴ each, on values of order 10 to 1,000
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-3)
+
+
+def test_forward_takes_the_fused_way_and_the_plain_way_on_request():
+    layer = make_layer()
+    x = torch.randn(3, 12)
+    assert "_LoRALinear" in layer(x).grad_fn.name()
+    with plain_formula():
+        assert "_LoRALinear" not in layer(x).grad_fn.name()
+    layer.weight.requires_grad_(True)  # a base that trains needs a gradient the fused one does not give
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_backward_uses_the_mask_that_forward_used():
+    layer = make_layer(in_features=64, p=0.5).train()
+    x = torch.ones(8, 64, requires_grad=True)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.zero_()
+    torch.manual_seed(4)
+    h = layer(x)
+    h.backward(torch.ones_like(h))
+    torch.manual_seed(4)
+    mask = draw_keep(x.shape, 0.5, CPU)
+    assert 0 < mask.sum() < mask.numel()
+    assert torch.equal(x.grad != 0, mask)
+    expected = 2.0 * layer.scaling * (mask.float() @ layer.lora_A.T @ layer.lora_B.T)  # 2 = 1 / (1 - p)
+    torch.testing.assert_close(h.detach(), expected, rtol=1e-5, atol=1e-4)  # float32 sums of 64 terms
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_agrees_with_float32_to_its_own_precision(dtype):
+    layer = make_layer(in_features=64, out_features=32, r=4)
+    x = torch.randn(16, 64)
+    x32, x16 = x.clone().requires_grad_(), x.clone().requires_grad_()
+    h32 = layer(x32)
+    h32.sum().backward()
+    grad32 = layer.lora_A.grad.clone()
+    layer.zero_grad()
+    with torch.autocast("cpu", dtype=dtype):
+        h16 = layer(x16)
+    assert h16.dtype == dtype
+    h16.float().sum().backward()
+    assert layer.lora_A.grad.dtype == layer.lora_B.grad.dtype == x16.grad.dtype == torch.float32
+    unit = torch.finfo(dtype).eps
+    # some ten roundings to 16 bits, each half a unit of the largest value that meets it
+    for got, wanted in ((h16.float(), h32), (x16.grad, x32.grad), (layer.lora_A.grad, grad32)):
+        assert (got - wanted).abs().max() <= 8 * unit * wanted.abs().max()
+
+
+def test_the_input_gets_no_gradient_where_nobody_needs_one():
+    layer = make_layer()
+    x = torch.randn(3, 12)
+    layer(x).sum().backward()
+    assert x.grad is None
+    assert layer.weight.grad is None
+
+
+def test_a_second_derivative_is_an_error_that_names_the_plain_formula():
+    layer = make_layer()
+    x = torch.randn(3, 12, requires_grad=True)
+    with pytest.raises(RuntimeError, match="plain_formula"):
+        torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with plain_formula():
+        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        torch.autograd.grad(grad.sum(), x)
+
+
+def test_torch_func_and_torch_compile_take_the_plain_formula():
+    layer = make_layer()
+    x = torch.randn(3, 12)
+    parameters = dict(layer.named_parameters())
+    grads = torch.func.grad(lambda params: torch.func.functional_call(layer, params, x).sum())(parameters)
+    layer(x).sum().backward()
+    torch.testing.assert_close(grads["lora_B"], layer.lora_B.grad, rtol=1e-5, atol=1e-5)  # float32 sums
+    compiled = torch.compile(layer, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def saved_bytes(function, ignore=()):
+    """Bytes of the storages that autograd keeps for backward, each once, those of `ignore` left out."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in ignore}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)  # the tensor too: no address is used twice
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        function()
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_query_and_value_keep_the_input_once_the_thin_product_and_a_bit_an_element(p):
+    rows, width, r = 64, 96, 4
+    layers = [make_layer(in_features=width, out_features=width, r=r, p=p).train() for _ in range(2)]
+    x = torch.randn(rows, width, requires_grad=True)
+    weights = [parameter for layer in layers for parameter in layer.parameters()]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        kept = saved_bytes(lambda: [layer(x) for layer in layers], weights)
+    mask = rows * width // 8 if p else 0
+    assert kept == 2 * rows * width + 2 * (2 * rows * r + mask)
+
+
+# --- dropout -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(1,), (7,), (8,), (9,), (3, 5, 7), (0,), (64, 64)])
+def test_a_mask_survives_being_packed_to_bits(shape):
+    keep = draw_keep(torch.Size(shape), 0.3, CPU)
+    packed = pack(keep)
+    assert packed.nbytes == -(-keep.numel() // 8)
+    assert torch.equal(unpack(packed, keep.shape), keep)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_dropped_elements_are_zero_and_the_others_untouched(dtype):
+    x = torch.randn(33, 17).to(dtype)
+    x[0, :3] = torch.tensor([float("inf"), float("nan"), -0.0]).to(dtype)
+    keep = draw_keep(x.shape, 0.5, CPU)
+    out = zero_dropped(x, keep)
+    assert torch.equal(out[keep].view(torch.uint8), x[keep].view(torch.uint8))
+    assert (out[~keep] == 0).all()
+
+
+@pytest.mark.parametrize("p", [0.001, 0.1, 0.25, 0.5, 0.9])
+def test_the_keep_rate_is_the_asked_one(p):
+    assert abs(keep_probability(p) - (1 - p)) <= 2**-17 < 1e-4
+    torch.manual_seed(0)
+    count = 2_000_000
+    kept = int(draw_keep(torch.Size([count]), p, CPU).sum())
+    sigma = math.sqrt(count * p * (1 - p))
+    assert abs(kept - count * (1 - p)) < FALSE_ALARM_SIGMAS * sigma + count * 2**-17
+
+
+@pytest.mark.parametrize("distance", [1, 2, 3, 4, 7, 64, 768])
+def test_elements_are_independent_of_their_neighbours_and_of_the_next_mask(distance):
+    torch.manual_seed(1)
+    count, p = 2_000_000, 0.1
+    first, second = (draw_keep(torch.Size([count]), p, CPU).float() - (1 - p) for _ in range(2))
+    variance = p * (1 - p)
+    for left, right in ((first[:-distance], first[distance:]), (first, second)):
+        correlation = float((left * right).mean()) / variance
+        assert abs(correlation) < FALSE_ALARM_SIGMAS / math.sqrt(count)
+
+
+def test_every_lane_of_a_draw_has_the_same_rate():
+    torch.manual_seed(2)
+    keep = draw_keep(torch.Size([4_000_000]), 0.5, CPU).view(-1, 4).float().mean(0)
+    assert (keep - 0.5).abs().max() < FALSE_ALARM_SIGMAS * 0.5 / 1000
+
+
+def test_masks_come_from_torchs_generator():
+    torch.manual_seed(3)
+    first = draw_keep(torch.Size([1000]), 0.1, CPU)
+    torch.manual_seed(3)
+    assert torch.equal(draw_keep(torch.Size([1000]), 0.1, CPU), first)
+    assert not torch.equal(draw_keep(torch.Size([1000]), 0.1, CPU), first)
+
+
+def test_dropout_scales_up_and_backward_uses_its_mask():
+    dropout = FastDropout(0.25)
+    x = torch.randn(50, 40, requires_grad=True)
+    out = dropout(x)
+    kept = out != 0
+    assert torch.equal(out[kept], x[kept] * (1 / 0.75))
+    out.backward(torch.ones_like(out))
+    assert torch.equal(x.grad != 0, kept)
+    assert x.grad.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+
+
+def test_dropout_costs_nothing_at_zero_and_in_eval():
+    x = torch.randn(5)
+    assert FastDropout(0.0).train()(x) is x
+    assert FastDropout(0.5).eval()(x) is x
+
+
+# --- attention ---------------------------------------------------------------------------------------
+
+
+def heads(dtype=torch.float32, batch=2, count=3, length=6, width=4):
+    generator = torch.Generator().manual_seed(0)
+    shape = (batch, length, count, width)
+    return [
+        torch.randn(shape, generator=generator, dtype=dtype).transpose(1, 2).requires_grad_()
+        for _ in range(3)
+    ]
+
+
+def padding_mask(batch=2, length=6):
+    mask = torch.ones(batch, 1, length, length, dtype=torch.bool)
+    mask[1, :, :, 4:] = False
+    return mask
+
+
+@pytest.mark.parametrize("mask", [None, padding_mask()])
+def test_attention_equals_torchs(mask):
+    q, k, v = heads()
+    out, _ = fast_attention(nn.Module(), q, k, v, mask, scaling=0.5)
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.5).transpose(1, 2)
+    # float32: sums of at most six terms of order 1
+    torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-6)
+    upstream = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (q, k, v), upstream)
+    for got, expected in zip(grads, torch.autograd.grad(wanted, (q, k, v), upstream), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mask", [None, padding_mask()])
+def test_attention_with_dropout_passes_gradcheck(mask):
+    q, k, v = heads(torch.float64)
+
+    def function(q, k, v):
+        torch.manual_seed(1)
+        return fast_attention(nn.Module(), q, k, v, mask, dropout=0.3, scaling=0.5)[0]
+
+    assert gradcheck(function, (q, k, v))
+
+
+def test_attention_keeps_no_matrix_of_length_by_length_but_bits():
+    q, k, v = heads(length=64)
+    kept = saved_bytes(lambda: fast_attention(nn.Module(), q, k, v, None, dropout=0.1), (q, k, v))
+    assert kept == 2 * 3 * 64 * 64 // 8
+
+
+# --- speed_up ----------------------------------------------------------------------------------------
+
+
+def adapted(config, precision="bf16"):
+    model = tiny_roberta()
+    inject(model, config)
+    randomise_adapter(model)
+    fast = copy.deepcopy(model)
+    speed_up(fast, precision)
+    return model, fast
+
+
+MASK = torch.tensor([[1] * 10, [1] * 7 + [0] * 3, [1] * 4 + [0] * 6])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_eval_logits_stay_to_the_precision_at_hand(config, input_ids, precision):
+    stock, fast = adapted(config, precision)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+        plain = stock(input_ids, attention_mask=MASK).logits.float()
+        quick = fast(input_ids, attention_mask=MASK).logits.float()
+    # float32: some hundred roundings; bfloat16: two layers, each some ten roundings of 2⁻⁹
+    tolerance = {"fp32": 1e-4, "bf16": 0.06}[precision] * plain.abs().max()
+    assert (plain - quick).abs().max() <= tolerance
+
+
+def test_float32_gradients_stay_to_rounding(config, input_ids):
+    stock, fast = adapted(config, "fp32")
+    for model in (stock, fast):
+        model(input_ids, attention_mask=MASK).logits.square().sum().backward()
+    compared = 0
+    for (name, plain), (_, quick) in zip(stock.named_parameters(), fast.named_parameters(), strict=True):
+        if plain.requires_grad:
+            assert (plain.grad - quick.grad).abs().max() <= 1e-4 * plain.grad.abs().max(), name
+            compared += 1
+    assert compared == 2 * 2 * 2 + 4
+
+
+@torch.no_grad()
+def test_in_training_outputs_spread_as_the_stock_models_do(config, input_ids):
+    """Mean and standard deviation of each logit over 1,500 draws of dropout."""
+    stock, fast = adapted(config, "fp32")
+    draws = 1500
+    statistics = []
+    for model in (stock, fast):
+        model.train()
+        torch.manual_seed(0)
+        ids = input_ids[:1].expand(draws, -1)
+        logits = model(ids).logits.double()
+        statistics.append((logits.mean(0), logits.std(0)))
+    (mean, spread), (quick_mean, quick_spread) = statistics
+    assert (spread > 0.1).all()
+    sigma = spread * math.sqrt(2 / draws)
+    assert ((mean - quick_mean).abs() < FALSE_ALARM_SIGMAS * sigma).all()
+    # the standard deviation of a standard deviation is about σ/√(2n) for a normal; allow a heavier tail
+    assert ((spread - quick_spread).abs() < 2 * FALSE_ALARM_SIGMAS * sigma / math.sqrt(2)).all()
+
+
+def test_speed_up_is_in_place_and_idempotent_and_leaves_parameters_alone(config):
+    stock, fast = adapted(config)
+    before, modules = dict(fast.named_parameters()), dict(fast.named_modules())
+    speed_up(fast, "bf16")
+    assert all(fast.get_submodule(name) is module for name, module in modules.items())
+    assert all(parameter is before[name] for name, parameter in fast.named_parameters())
+    state, plain = fast.state_dict(), stock.state_dict()
+    assert state.keys() == plain.keys()
+    assert all(torch.equal(state[key], plain[key]) and state[key].dtype == plain[key].dtype for key in plain)
+
+
+def test_speed_up_refuses_another_precision(model):
+    with pytest.raises(ValueError, match="int8"):
+        speed_up(model, "int8")
+
+
+def test_what_trains_is_left_to_autocast(model):
+    speed_up(model, "bf16")
+    assert not any(isinstance(module, FrozenLinear) for module in model.modules())
+
+
+def test_an_adapter_can_be_injected_after_speed_up(config, model, input_ids):
+    model.requires_grad_(False)
+    speed_up(model, "bf16")
+    inject(model, config)
+    assert {layer.compute_dtype for layer in lora_layers(model).values()} == {torch.bfloat16}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(input_ids).logits.float().sum().backward()
+
+
+@torch.no_grad()
+def test_copies_follow_their_weights_through_merges_and_changes(config, input_ids):
+    _, fast = adapted(config)
+    run = partial(_logits, fast, input_ids)
+    apart = run()
+    merge(fast)
+    folded = run()
+    layer = next(iter(lora_layers(fast).values()))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.compute_weights()[0], layer.weight.bfloat16())
+    unmerge(fast)
+    assert not torch.equal(folded, apart)  # the merged weight was used: other roundings
+    assert torch.equal(run(), apart)
+    layer.weight.mul_(2)
+    assert not torch.equal(run(), apart)
+
+
+def _logits(model, input_ids):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        return model(input_ids).logits
+
+
+def test_the_ledger_shows_what_copies_cost(config, input_ids):
+    _, fast = adapted(config)
+    assert count_parameters(fast).copy_bytes == 0
+    _logits(fast, input_ids)
+    # 12 frozen linears: 8 of 32x32, 2 of 32x64, 2 of 64x32, with their biases, at 2 bytes
+    expected = 2 * (8 * (32 * 32 + 32) + 2 * (32 * 64 + 64) + 2 * (64 * 32 + 32))
+    assert count_parameters(fast).copy_bytes == expected
+    assert "compute dtype" in str(count_parameters(fast))
+    assert count_parameters(copy.deepcopy(fast)).copy_bytes == 0
+
+
+def test_a_shared_cast_is_made_anew_when_the_tensor_changed_or_gradients_came_on():
+    x = torch.randn(4, 4, requires_grad=True)
+    with torch.no_grad():
+        without = cast_shared(x, torch.bfloat16)
+    shared = cast_shared(x, torch.bfloat16)
+    assert shared is not without
+    assert shared.requires_grad
+    assert cast_shared(x, torch.bfloat16) is shared
+    with torch.no_grad():
+        x.add_(1)
+    again = cast_shared(x, torch.bfloat16)
+    assert again is not shared
+    assert torch.equal(again, x.bfloat16())
