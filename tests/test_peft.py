@@ -1,0 +1,154 @@
+"""Adapters go both ways with PEFT. Runs where PEFT is installed: `make test-peers`."""
+
+import json
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import randomise_adapter, tiny_roberta
+
+from lora import AdapterError, LoraConfig, inject, load_adapter, merge, save_adapter
+from lora.files import CONFIG_FILE, TENSOR_FILE
+
+peft = pytest.importorskip("peft")
+
+SELF = "roberta.encoder.layer.{}.attention.self"
+CONFIGS = {
+    "query and value": {"target_modules": ["query", "value"]},
+    "whole names": {"target_modules": [f"{SELF.format(0)}.key", f"{SELF.format(1)}.query"]},
+    "a regular expression": {"target_modules": r".*layer\.1\..*(query|dense)"},
+    "different sets in different layers": {
+        "target_modules": [f"{SELF.format(0)}.query", "1.attention.self.value"]
+    },
+    "all linear layers": {"target_modules": ["query", "key", "value", "dense"]},
+    "rank and alpha patterns": {
+        "target_modules": ["query", "value"],
+        "rank_pattern": {"query": 5, r"1\.attention\.self\.value": 1},
+        "alpha_pattern": {r"layer.0.attention.self.value": 3},
+    },
+    "rsLoRA": {"target_modules": ["query", "value"], "use_rslora": True},
+    "rsLoRA with patterns": {
+        "target_modules": ["query", "value"],
+        "use_rslora": True,
+        "rank_pattern": {"query": 9},
+        "alpha_pattern": {"value": 7},
+    },
+    "a gaussian start": {"target_modules": ["query"], "init_lora_weights": "gaussian"},
+    "entries that the model does not have": {
+        "target_modules": ["query", "q_proj"],
+        "modules_to_save": ["classifier", "score", "qa_outputs"],
+    },
+}
+
+
+def close(first: torch.Tensor, second: torch.Tensor) -> bool:
+    """Equal to 2e-6 of the largest logit: float32, the same products in another order."""
+    return bool((first - second).abs().max() <= 2e-6 * second.abs().max())
+
+
+@torch.no_grad()
+def make_peft(task_type, input_ids, **settings):
+    model = tiny_roberta()
+    config = peft.LoraConfig(task_type=task_type, r=4, lora_alpha=6, **settings)
+    model = peft.get_peft_model(model, config).eval()
+    randomise_adapter_of_peft(model)
+    assert not torch.equal(model(input_ids).logits, tiny_roberta()(input_ids).logits)
+    return model
+
+
+def randomise_adapter_of_peft(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+        elif parameter.requires_grad and "out_proj.bias" in name:
+            parameter.add_(0.3)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*trained on")
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
+def test_what_peft_saved_loads_here_and_goes_back(name, task_type, tmp_path, input_ids):
+    theirs = make_peft(task_type, input_ids, **CONFIGS[name])
+    wanted = theirs(input_ids).logits
+    theirs.save_pretrained(tmp_path / "theirs")
+
+    ours = tiny_roberta()
+    load_adapter(ours, tmp_path / "theirs")
+    assert close(ours(input_ids).logits, wanted)
+    merge(ours)
+    assert (ours(input_ids).logits - wanted).abs().max() <= 1e-4 * wanted.abs().max()  # float32 merges round
+
+    save_adapter(ours, tmp_path / "ours", base="tiny", task_type=task_type)
+    again = peft.PeftModel.from_pretrained(tiny_roberta(), str(tmp_path / "ours")).eval()
+    assert close(again(input_ids).logits, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
+def test_what_is_saved_here_loads_there(use_rslora, task_type, tmp_path, input_ids):
+    model = tiny_roberta()
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=("query", "dense"), modules_to_save=("classifier",),
+        use_rslora=use_rslora, rank_pattern={"query": 3}, alpha_pattern={"dense": 5},
+    )  # fmt: skip
+    inject(model, config)
+    randomise_adapter(model)
+    model.classifier.out_proj.bias.add_(0.3)
+    wanted = model(input_ids).logits
+    save_adapter(model, tmp_path, base="tiny", task_type=task_type, metadata={"labels": ["a"]})
+    theirs = peft.PeftModel.from_pretrained(tiny_roberta(), str(tmp_path)).eval()
+    assert close(theirs(input_ids).logits, wanted)
+
+
+@torch.no_grad()
+def test_a_16_bit_adapter_of_peft_loads(tmp_path, input_ids):
+    theirs = make_peft("SEQ_CLS", input_ids, target_modules=["query", "value"])
+    theirs.save_pretrained(tmp_path)
+    tensors = safetensors.torch.load_file(tmp_path / TENSOR_FILE)
+    safetensors.torch.save_file({key: t.half() for key, t in tensors.items()}, tmp_path / TENSOR_FILE)
+    wanted = peft.PeftModel.from_pretrained(tiny_roberta(), str(tmp_path)).eval()(input_ids).logits
+    ours = tiny_roberta()
+    load_adapter(ours, tmp_path)
+    assert close(ours(input_ids).logits, wanted)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_dora": True}, {"lora_bias": True}, {"bias": "lora_only"}, {"init_lora_weights": "pissa"},
+        {"init_lora_weights": "olora"}, {"layers_to_transform": [0]}, {"exclude_modules": ["value"]},
+        {"trainable_token_indices": [1, 2]},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_would_change_the_outputs_and_is_not_supported_is_refused_by_name(settings, tmp_path, input_ids):
+    model = tiny_roberta()
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "value"], **settings)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match=next(iter(settings))):
+        load_adapter(tiny_roberta(), tmp_path)
+
+
+def test_every_field_of_pefts_default_config_passes(tmp_path, input_ids):
+    """PEFT's own defaults, all written out: none of them may be refused."""
+    with torch.no_grad():
+        make_peft("SEQ_CLS", input_ids, target_modules=["query"]).save_pretrained(tmp_path)
+    fields = json.loads((tmp_path / CONFIG_FILE).read_text())
+    assert len(fields) > 25
+    load_adapter(tiny_roberta(), tmp_path)
+
+
+@torch.no_grad()
+def test_unmerging_in_peft_drifts_and_here_it_does_not(tmp_path, input_ids):
+    theirs = make_peft("SEQ_CLS", input_ids, target_modules=["query", "value"]).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path)
+    layer = theirs.base_model.model.roberta.encoder.layer[0].attention.self.query
+    before = layer.get_base_layer().weight.clone()
+    for _ in range(10):
+        theirs.merge_adapter()
+        theirs.unmerge_adapter()
+    assert not torch.equal(layer.get_base_layer().weight, before)
