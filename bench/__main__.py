@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from bench import merging
+from bench import merging, peers
 from train.hardware import device_name, resolve_device
 
-PARTS = {"merging": merging}
+PARTS = {"merging": merging, "peers": peers}
 RESULTS = Path(__file__).parent / "results"
 
 

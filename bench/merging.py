@@ -44,7 +44,8 @@ def table(result: dict[str, Any]) -> str:
         f"  {'against apart':>15}",
     ]
     lines += [
-        f"{row['implementation']:5} {row['dtype']:>9}  {row['largest_ulps']:>8.3f}{row['mean_ulps']:>8.3f}"
+        f"{row['implementation']:5} {row['dtype']:>9}"
+        f"  {row['largest_ulps']:>8.3f}{row['mean_ulps']:>8.3f}"
         f"  {row['changed_after_one']:>10.2%}{row['changed_after_all']:>12.2%}"
         f"  {row['largest_change']:>14.2e}  {row['logits_difference']:>15.2e}"
         for row in result["rows"]

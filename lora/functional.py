@@ -120,27 +120,33 @@ class _LoRALinear(torch.autograd.Function):
         return grad_x, None, None, grad_A, grad_B, None, None
 
 
-_last_cast: tuple[weakref.ref[Tensor], int, weakref.ref[Tensor]] | None = None
+_last_cast: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
 
 def cast_shared(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` in `dtype`, the same tensor again when query, key and value ask one after another.
 
-    Autocast would cast for each of them. Only weak references are kept, so nothing lives longer.
+    Autocast would cast for each of them. The last cast is kept as long as its source lives, no longer.
     """
     global _last_cast
     if x.dtype == dtype:
         return x
+    version = 0 if x.is_inference() else x._version
     if _last_cast is not None:
-        source, version, result = _last_cast[0](), _last_cast[1], _last_cast[2]()
+        source, cast_version, result = _last_cast
         if (
-            source is x
-            and result is not None
-            and version == x._version
+            source() is x
+            and cast_version == version
             and result.dtype == dtype
             and result.requires_grad == (x.requires_grad and torch.is_grad_enabled())
         ):
             return result
     result = x.to(dtype)
-    _last_cast = (weakref.ref(x), 0 if x.is_inference() else x._version, weakref.ref(result))
+    _last_cast = (weakref.ref(x, _forget_cast), version, result)
     return result
+
+
+def _forget_cast(source: weakref.ref[Tensor]) -> None:
+    global _last_cast
+    if _last_cast is not None and _last_cast[0] is source:
+        _last_cast = None

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import weakref
 from functools import partial
 
 import pytest
@@ -385,6 +386,30 @@ def test_an_adapter_can_be_injected_after_speed_up(config, model, input_ids):
         model(input_ids).logits.float().sum().backward()
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_gradient_checkpointing_gives_the_same_gradients(config, input_ids, precision):
+    _, fast = adapted(config, precision)
+    again = copy.deepcopy(fast)
+    again.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    kept = []
+    for model in (fast, again):
+        model.train()
+        torch.manual_seed(0)
+
+        def step(model=model):
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bf16"):
+                model(input_ids).logits.float().square().sum().backward()
+
+        kept.append(saved_bytes(step, model.parameters()))
+    assert kept[1] < kept[0]
+    compared = 0
+    for (name, first), (_, second) in zip(fast.named_parameters(), again.named_parameters(), strict=True):
+        if first.requires_grad:
+            assert torch.equal(first.grad, second.grad), name
+            compared += 1
+    assert compared == 12
+
+
 @torch.no_grad()
 def test_copies_follow_their_weights_through_merges_and_changes(config, input_ids):
     _, fast = adapted(config)
@@ -431,3 +456,11 @@ def test_a_shared_cast_is_made_anew_when_the_tensor_changed_or_gradients_came_on
     again = cast_shared(x, torch.bfloat16)
     assert again is not shared
     assert torch.equal(again, x.bfloat16())
+
+
+def test_a_shared_cast_lives_no_longer_than_its_source():
+    x = torch.randn(4, 4)
+    cast = weakref.ref(cast_shared(x, torch.bfloat16))
+    assert cast() is not None
+    del x
+    assert cast() is None

@@ -50,6 +50,7 @@ class Recipe:
     max_gradient_norm: float = 1.0  # 0: no clipping
     max_length_tokens: int = 128
 
+    gradient_checkpointing: bool = False  # keep a layer's input alone and compute the rest twice: less memory
     precision: str = "auto"  # auto | fp32 | bf16 | fp16
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     deterministic: bool = False  # on CUDA the same bits every time, slower; the CPU always gives them

@@ -82,6 +82,8 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
             f"max_length_tokens: {recipe.max_length_tokens}, and {recipe.model} reads {longest} at most"
         )
     ledger = _choose_what_trains(model, recipe)
+    if recipe.gradient_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     speed_up(model.to(device), precision)
     splits = {
         part: encode(getattr(news, part), tokenizer, recipe.max_length_tokens)
