@@ -8,9 +8,10 @@ INSTALL_DATA := $(INSTALL) --no-deps --require-hashes -r requirements-data.txt
 
 RECIPE ?= quickstart
 ARGS ?=
+NPROC ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long test-peers bench-merging lint format clean
+.PHONY: help setup train test test-long soak test-peers bench-merging lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -21,13 +22,16 @@ help:  ## list the targets
 setup: $(VENV)/.run  ## make the virtual environment
 
 train: $(VENV)/.run  ## train a recipe; the quickstart takes minutes on two cores, no hub
-	$(RUN) -m train --recipe $(RECIPE) $(ARGS)
+	$(if $(NPROC),$(VENV)/bin/torchrun --standalone --nproc-per-node $(NPROC) -m,$(RUN) -m) train --recipe $(RECIPE) $(ARGS)
 
 test: $(VENV)/.dev  ## run the tests
 	$(RUN) -m pytest $(ARGS)
 
 test-long: $(VENV)/.dev  ## the state machine of adapters at 2,000 random sequences
 	MACHINE_EXAMPLES=2000 $(RUN) -m pytest tests/test_machine.py $(ARGS)
+
+soak: $(VENV)/.dev  ## kill runs at 50 random moments and compare what resumes, bit for bit
+	PYTHONPATH=tests:. $(RUN) tests/soak.py $(ARGS)
 
 test-peers: $(PEERS)/.run  ## the tests against PEFT, in an environment of its own
 	$(PEERS)/bin/python -m pytest tests/test_peft.py $(ARGS)

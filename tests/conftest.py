@@ -72,9 +72,12 @@ def randomise_adapter(model: torch.nn.Module, seed: int = 1) -> None:
 @pytest.fixture(scope="session")
 def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A RoBERTa in the hub's layout: random encoder weights, no head, and a small byte-level BPE."""
+    return write_hub_folder(tmp_path_factory.mktemp("hub") / "tiny-roberta")
+
+
+def write_hub_folder(folder: Path) -> Path:
     from tokenizers import ByteLevelBPETokenizer
 
-    folder = tmp_path_factory.mktemp("hub") / "tiny-roberta"
     bpe = ByteLevelBPETokenizer()
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
     texts = [text for texts in NEWS.values() for text in texts]
@@ -87,7 +90,11 @@ def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def csv_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """News that can be learnt: three classes of 12 training and 3 test rows, header `text,label`."""
-    folder = tmp_path_factory.mktemp("news")
+    return write_csv_folder(tmp_path_factory.mktemp("news"))
+
+
+def write_csv_folder(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
     for split, copies in (("train", 4), ("test", 1)):
         rows = [
             f"{text} {number},{label}"

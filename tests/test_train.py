@@ -26,7 +26,7 @@ from train.runs import RunError, load_trained
 def recipe(hub_folder, csv_folder):
     return Recipe(
         model=str(hub_folder), data=str(csv_folder), epochs=3, batch_size=4, learning_rate=1e-2,
-        max_length_tokens=16, validation_fraction=0.25, precision="fp32", device="cpu",
+        max_length_tokens=16, validation_fraction=0.25, precision="fp32", device="cpu", base_dropout=0.02,
         log_every_steps=2, checkpoint_every_steps=5,
     )  # fmt: skip
 
@@ -235,10 +235,64 @@ def test_the_best_epochs_weights_are_the_ones_saved(recipe, tmp_path, monkeypatc
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(recipe, tmp_path):
-    with pytest.raises(TrainingError, match="the loss became nan in steps"):
-        run_job(
-            "tiny", dataclasses.replace(recipe, learning_rate=1e30, max_gradient_norm=0.0), tmp_path / "run"
-        )
+    wild = dataclasses.replace(recipe, learning_rate=1e30, max_gradient_norm=0.0)
+    message = (
+        r"step \d+: the loss or its gradient is not finite, among the training rows \d+, .*no checkpoint"
+    )
+    with pytest.raises(TrainingError, match=message):
+        run_job("tiny", wild, tmp_path / "run")
+    assert not list_checkpoints(tmp_path / "run" / "checkpoint")
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(recipe, tmp_path, monkeypatch):
+    """Step 9 is spoilt; checkpoints are due after steps 5, 7 (an epoch's end) and 10."""
+    loss, steps = Trainer._loss, 0
+
+    def spoilt(trainer, batch):
+        nonlocal steps
+        steps += 1
+        return loss(trainer, batch) * (float("nan") if steps == 9 else 1)
+
+    monkeypatch.setattr(Trainer, "_loss", spoilt)
+    with pytest.raises(TrainingError, match=r"step 9: .*last good checkpoint is .*00000007"):
+        run_job("tiny", dataclasses.replace(recipe, log_every_steps=100), tmp_path / "run")
+    monkeypatch.undo()
+    run_job("tiny", dataclasses.replace(recipe, log_every_steps=100), tmp_path / "run", resume=True)
+
+
+def test_float16_skips_what_overflows_and_counts_it(recipe, tmp_path, monkeypatch):
+    loss, steps = Trainer._loss, 0
+
+    def spoilt(trainer, batch):
+        nonlocal steps
+        steps += 1
+        return loss(trainer, batch) * (float("inf") if steps == 15 else 1)
+
+    half = dataclasses.replace(recipe, precision="fp16")  # whose first scale is too large: some steps skip
+    undisturbed = run_job("tiny", half, tmp_path / "undisturbed").summary
+    monkeypatch.setattr(Trainer, "_loss", spoilt)
+    summary = run_job("tiny", half, tmp_path / "run").summary
+    assert summary["skipped_steps"] == undisturbed["skipped_steps"] + 1
+    assert summary["precision"] == "fp16"
+    assert np.isfinite(summary["val_loss"])
+
+
+def test_memory_that_does_not_suffice_is_an_error_that_says_what_to_lower(recipe, tmp_path, monkeypatch):
+    def full(trainer_model, *_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("transformers.RobertaForSequenceClassification.forward", full)
+    with pytest.raises(TrainingError, match=r"4 rows x \d+ tokens.*batch_size.*gradient_checkpointing"):
+        run_job("tiny", recipe, tmp_path / "run")
+
+
+def test_checkpointed_gradients_train_the_same_adapter(run, recipe, tmp_path):
+    run_job("tiny", dataclasses.replace(recipe, gradient_checkpointing=True), tmp_path / "run")
+    weights = [
+        (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+        for folder in (run[0], tmp_path / "run")
+    ]
+    assert weights[0] == weights[1]
 
 
 def test_evaluate_repeats_the_summary(run, capsys, csv_folder):

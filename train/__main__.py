@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from model.minilm import DataPackageMissingError
 from train.checkpoint import CheckpointError
 from train.config import RECIPES, RecipeError, load_recipe, parse_setting
 from train.data import DataError
+from train.distributed import env_rank
 from train.job import InterruptedRunError, run_job
 from train.loop import TrainingError
 from train.report import summary_text
@@ -54,29 +57,37 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         result = run_job(name, recipe, folder, options.resume)
     except InterruptedRunError as stop:
-        print(
-            f"\nstopped by {stop} after a checkpoint; go on with\n  {_resume_command(folder)}",
-            file=sys.stderr,
-        )
+        if env_rank() == 0:
+            command = _resume_command()
+            print(f"\nstopped by {stop} after a checkpoint; go on with\n  {command}", file=sys.stderr)
         return 128 + stop.signal
+    except KeyboardInterrupt:
+        print("\nstopped outside of training; what is on the disk is whole", file=sys.stderr)
+        return 130
     except (
         AdapterError, CheckpointError, DataError, DataPackageMissingError, ModelError, RecipeError, RunError,
         TrainingError, OSError,
     ) as error:  # fmt: skip
         return _fail(str(error))
-    if result.was_finished:
-        print(f"{folder}: the run is finished; nothing to resume", file=sys.stderr)
-    print(summary_text(result.summary, folder))
+    except RuntimeError as error:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
+            raise  # a bug of ours
+        return _fail(f"lost touch with the other processes: {str(error).splitlines()[0]}")
+    if env_rank() == 0:
+        if result.was_finished:
+            print(f"{folder}: the run is finished; nothing to resume", file=sys.stderr)
+        print(summary_text(result.summary, folder))
     return 0
 
 
-def _resume_command(folder: Path) -> str:
+def _resume_command() -> str:
     words = [word for word in sys.argv[1:] if word != "--resume"]
-    return " ".join(["python -m train", *words, "--resume"])
+    return shlex.join(["python", "-m", "train", *words, "--resume"])
 
 
 def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    where = f" on rank {env_rank()}" if "RANK" in os.environ else ""
+    print(f"error{where}: {message}", file=sys.stderr)
     return 2
 
 

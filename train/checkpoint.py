@@ -34,6 +34,8 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     write_atomically(folder / f"{step:08d}.safetensors", safetensors.torch.save(tensors, {_ENTRY: note}))
     for old in list_checkpoints(folder)[:-_KEEP]:
         old.unlink()
+    for unfinished in folder.glob(".*.safetensors.*"):  # what a kill in the middle of a write left behind
+        unfinished.unlink()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -52,6 +54,8 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(f"{path}: damaged: {error}") from error
     if digest != _digest(tensors, state):
         raise CheckpointError(f"{path}: damaged: the digest is not that of the contents")
+    if path.stem != f"{state['trainer']['state']['step']:08d}":
+        raise CheckpointError(f"{path}: not the checkpoint that its name says")
     return tensors, state
 
 

@@ -56,6 +56,20 @@ class Console:
         self._file.close()
 
 
+class Silence:
+    """A Console for the processes that have nothing to say."""
+
+    lines = 0
+
+    def step(self, done_rows: int, line: dict[str, Any] | None) -> None: ...
+
+    def say(self, text: str) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def _open_after(path: Path, lines: int) -> Any:
     """The file, cut after its first `lines` lines, to append to."""
     kept = path.read_bytes().splitlines(keepends=True)[:lines] if path.is_file() else []

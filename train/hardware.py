@@ -15,10 +15,15 @@ from train.config import Recipe, RecipeError
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_device(name: str) -> torch.device:
-    """The device of a recipe; "auto" is CUDA where there is one. Raises RecipeError if it is not there."""
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a recipe; "auto" is CUDA where there is one. Raises RecipeError if it is not there.
+
+    local_rank: of several processes on one machine, each takes the GPU of its number.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{local_rank}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise RecipeError(f'device: there is no {name} here; device = "auto" takes what there is')

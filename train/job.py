@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
 import platform
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,17 +15,20 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+from datasets import Dataset
 from torch import nn
 
 from lora import Ledger, count_parameters, inject
 from lora.files import write_atomically
 from lora.parameters import train_only
 from model import HEAD, load_base, speed_up
-from train.batches import encode
+from train.batches import Encoded, encode
 from train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from train.config import Recipe
-from train.console import Console
+from train.console import Console, Silence
 from train.data import DataError, load_news
+from train.distributed import World, join_world, local_rank
 from train.figures import draw_all
 from train.hardware import (
     device_name,
@@ -31,12 +37,14 @@ from train.hardware import (
     resolve_precision,
     set_deterministic,
 )
-from train.loop import Trainer, predict_logits
+from train.loop import Trainer, TrainingError, predict_logits
 from train.metrics import Scores
 from train.runs import CONFIG, SUMMARY, RunError, run_recipe, save_trained
 
 CHECKPOINT = "checkpoint"
 METRICS = "metrics.jsonl"
+LOCK = ".lock"
+_ECHO_SECONDS = 5
 
 
 class InterruptedRunError(Exception):
@@ -58,11 +66,13 @@ class Result:
 def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Result:
     """Trains by `recipe` and leaves everything in `folder`; `resume` goes on from its last checkpoint.
 
+    Started by torchrun, the processes share the work, and the first one alone writes.
+
     Raises RunError, DataError, ModelError, RecipeError, CheckpointError, TrainingError, InterruptedRunError.
     """
     if _prepare_folder(folder, recipe, resume):
         return Result(json.loads((folder / SUMMARY).read_text()), was_finished=True)
-    device = resolve_device(recipe.device)
+    device = resolve_device(recipe.device, local_rank())
     precision = resolve_precision(recipe.precision, device)
     set_deterministic(recipe, device)
 
@@ -84,56 +94,101 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
     ledger = _choose_what_trains(model, recipe)
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    speed_up(model.to(device), precision)
-    splits = {
-        part: encode(getattr(news, part), tokenizer, recipe.max_length_tokens)
-        for part in ("train", "validation")
+    identity = {
+        "recipe": recipe.to_toml(),
+        "data": news.digest(),
+        "base model": _weights_digest(model),
+        "precision": precision,
     }
-    pad = tokenizer.pad_token_id
-    trainer = Trainer(model, recipe, splits["train"], splits["validation"], pad, device, precision)
-    identity = {"recipe": recipe.to_toml(), "data": news.digest(), "precision": precision}
+    speed_up(model.to(device), precision)
 
+    with join_world(device) as world, _locked(folder, world):
+        if world.main:
+            _prepare_folder(folder, recipe, resume)  # again: another run may have been quicker to the lock
+            write_atomically(folder / CONFIG, recipe.to_toml().encode())
+        train, validation, test = (
+            _encode_once(split, tokenizer, recipe.max_length_tokens, world)
+            for split in (news.train, news.validation, news.test)
+        )
+        pad = tokenizer.pad_token_id
+        trainer = Trainer(model, recipe, train, validation, pad, device, precision, world)
+        resumed = _restore(trainer, folder / CHECKPOINT, identity) if resume else False
+        state = trainer.state
+        total = recipe.epochs * len(train)
+        console = (
+            Console(folder / METRICS, total, state.examples, state.log_lines) if world.main else Silence()
+        )
+        try:
+            processes = f", {world.size} processes" if world.size > 1 else ""
+            place = f"{precision} on {device_name(device)}{processes}"
+            console.say(f"{name}: {recipe.model} on {recipe.data}, {recipe.method}, {place}")
+            sizes = f"{len(train)} training, {len(validation)} validation, {len(test)} test articles"
+            console.say(f"{sizes}, {len(news.labels)} classes\n{ledger}")
+            if resume:
+                where = f"after step {state.step}" if resumed else "at step 0: there is no checkpoint yet"
+                console.say(f"resuming {where}")
+            _train(trainer, console, folder, identity)
+        finally:
+            console.close()
+
+        trainer.restore_best()
+        # The one use of the test split: after training, by the epoch that validation chose.
+        logits = predict_logits(model, test, 2 * recipe.batch_size, pad, device, precision, world)
+        scores = Scores.of(test.labels, logits.argmax(1).numpy(), len(news.labels))
+        summary: dict[str, Any] = {}
+        if world.main:
+            trained_bytes = save_trained(model, folder, recipe, news.labels)
+            summary = _summary(name, trainer, ledger, scores, news.labels, trained_bytes)
+            lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+            draw_all(folder / "figures", state.history, lines, scores, news.labels)
+            # Last of all: a folder with a summary is a finished run.
+            write_atomically(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+        world.wait()
+        return Result(summary)
+
+
+def _encode_once(split: Dataset, tokenizer: Any, max_length_tokens: int, world: World) -> Encoded:
+    """Tokenised by the first process; the others read what it left in the cache."""
+    if not world.main:
+        world.wait()
+    encoded = encode(split, tokenizer, max_length_tokens)
+    if world.main:
+        world.wait()
+    return encoded
+
+
+@contextmanager
+def _locked(folder: Path, world: World) -> Iterator[None]:
+    """Keeps every other run out of `folder`; the lock goes with the process, however it ends."""
+    if not world.main:
+        yield
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG, recipe.to_toml().encode())
-    resumed = _restore(trainer, folder / CHECKPOINT, identity) if resume else False
-    total = recipe.epochs * len(splits["train"])
-    console = Console(folder / METRICS, total, trainer.state.examples, trainer.state.log_lines)
-    try:
-        console.say(
-            f"{name}: {recipe.model} on {recipe.data}, {recipe.method}, {precision} on {device_name(device)}"
-        )
-        sizes = (
-            f"{len(news.train)} training, {len(news.validation)} validation, {len(news.test)} test articles"
-        )
-        console.say(f"{sizes}, {len(news.labels)} classes\n{ledger}")
-        if resume:
-            where = f"after step {trainer.state.step}" if resumed else "at step 0: there is no checkpoint yet"
-            console.say(f"resuming {where}")
-        _train(trainer, console, folder, identity)
-    finally:
-        console.close()
+    with (folder / LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{folder}: another run is writing to it at this moment") from None
+        yield
 
-    trainer.restore_best()
-    trained_bytes = save_trained(model, folder, recipe, news.labels)
-    # The one reading of the test split: after training, by the epoch that validation chose.
-    test = encode(news.test, tokenizer, recipe.max_length_tokens)
-    logits = predict_logits(model, test, 2 * recipe.batch_size, pad, device, precision)
-    scores = Scores.of(test.labels, logits.argmax(1).numpy(), len(news.labels))
-    summary = _summary(name, trainer, ledger, scores, news.labels, trained_bytes)
-    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    draw_all(folder / "figures", trainer.state.history, lines, scores, news.labels)
-    # Last of all: a folder with a summary is a finished run.
-    write_atomically(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
-    return Result(summary)
+
+def _weights_digest(model: nn.Module) -> str:
+    """sha256 of every weight before training: the base model, and the starts drawn from the seed."""
+    sha = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        sha.update(name.encode())
+        sha.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def _prepare_folder(folder: Path, recipe: Recipe, resume: bool) -> bool:
     """Refuses a folder that cannot be used; whether the run in it is finished."""
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder}: not a folder")
+    inside = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
     if not resume:
-        if folder.is_dir() and any(folder.iterdir()):
-            what = "a finished run's files" if (folder / SUMMARY).is_file() else "files"
+        if inside:
+            what = "a finished run's files" if SUMMARY in inside else "files"
             raise RunError(
                 f"{folder}: there are {what} in it already; "
                 "--resume goes on with a run, --output DIR starts another"
@@ -143,11 +198,13 @@ def _prepare_folder(folder: Path, recipe: Recipe, resume: bool) -> bool:
         raise RunError(
             f"{folder}: no such folder, so there is no run to resume; leave out --resume to start one"
         )
-    if (folder / CONFIG).is_file() and run_recipe(folder) != recipe:
+    if inside and CONFIG not in inside:
+        raise RunError(f"{folder}: there are files in it but no {CONFIG}, so this is no run to resume")
+    if inside and run_recipe(folder) != recipe:
         before, now = run_recipe(folder).to_toml().splitlines(), recipe.to_toml().splitlines()
         changed = [f"{old} there, {new} now" for old, new in zip(before, now, strict=True) if old != new]
         raise RunError(f"{folder}: cannot resume with another recipe: {'; '.join(changed)}")
-    return (folder / SUMMARY).is_file()
+    return SUMMARY in inside
 
 
 def _choose_what_trains(model: nn.Module, recipe: Recipe) -> Ledger:
@@ -169,7 +226,7 @@ def _restore(trainer: Trainer, folder: Path, identity: dict[str, str]) -> bool:
         older = f"; remove it to resume from {paths[-2].name}" if len(paths) > 1 else ""
         raise CheckpointError(f"{error}{older}") from error
     for what, now in identity.items():
-        if state["identity"][what] != now:
+        if state["identity"].get(what) != now:
             raise CheckpointError(
                 f"{paths[-1]}: cannot resume: the {what} is not the one that it was taken with"
             )
@@ -177,35 +234,52 @@ def _restore(trainer: Trainer, folder: Path, identity: dict[str, str]) -> bool:
     return True
 
 
-def _train(trainer: Trainer, console: Console, folder: Path, identity: dict[str, str]) -> None:
-    state = trainer.state
+def _train(trainer: Trainer, console: Console | Silence, folder: Path, identity: dict[str, str]) -> None:
+    state, world = trainer.state, trainer.world
 
     def checkpoint() -> None:
-        console.sync()
-        state.log_lines = console.lines
-        note = {"identity": identity, "trainer": trainer.settings()}
-        save_checkpoint(folder / CHECKPOINT, state.step, trainer.tensors(), note)
+        trainer.check_finite()
+        if world.main:
+            console.sync()
+            state.log_lines = console.lines
+            note = {"identity": identity, "trainer": trainer.settings()}
+            save_checkpoint(folder / CHECKPOINT, state.step, trainer.tensors(), note)
 
-    with _stop_signals() as stop:
-        for line in trainer.epochs():
-            console.step(state.examples, line)
-            epoch_ended = state.step_in_epoch == 0
-            if epoch_ended or state.step % trainer.recipe.checkpoint_every_steps == 0 or stop:
-                checkpoint()
-            if stop:
-                raise InterruptedRunError(stop[0])
+    with _stop_signals(world) as received:
+        try:
+            for line in trainer.epochs():
+                console.step(state.examples, line)
+                stop = world.any(received[0] if received else 0)
+                epoch_ended = state.step_in_epoch == 0
+                if epoch_ended or state.step % trainer.recipe.checkpoint_every_steps == 0 or stop:
+                    checkpoint()
+                if stop:
+                    raise InterruptedRunError(stop)
+        except TrainingError as error:
+            saved = list_checkpoints(folder / CHECKPOINT)
+            last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"
+            raise TrainingError(f"{error}; {last}") from error
 
 
 @contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """The first SIGINT or SIGTERM lands in the list, for the loop to look at; a second one acts at once."""
+def _stop_signals(world: World) -> Iterator[list[int]]:
+    """The first SIGINT or SIGTERM lands in the list, for the loop to look at; a second one acts at once.
+
+    torchrun passes a Ctrl-C on that its processes got already, so among several the second one counts
+    only after a while.
+    """
     received: list[int] = []
+    first_at = 0.0
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, _frame: object) -> None:
-        received.append(number)
-        for other in before:
-            signal.signal(other, signal.SIG_DFL)
+        nonlocal first_at
+        if not received:
+            received.append(number)
+            first_at = time.monotonic()
+        elif world.size == 1 or time.monotonic() - first_at > _ECHO_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, note)
@@ -238,6 +312,7 @@ def _summary(
         "best_epoch": state.best_epoch,
         "epochs": state.epoch,
         "steps": state.step,
+        "skipped_steps": state.skipped_steps,
         "history": state.history,
         "lora_parameters": ledger.lora,
         "head_parameters": ledger.head,

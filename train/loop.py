@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,10 +16,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import get_cosine_schedule_with_warmup
 
-from train.batches import Encoded, batches_by_length, collate, epoch_batches
+from train.batches import Batch, Encoded, batches_by_length, collate, epoch_batches
 from train.config import Recipe
+from train.distributed import ALONE, World
 from train.hardware import autocast
 from train.metrics import Scores
 
@@ -39,6 +43,7 @@ class State:
     examples: int = 0  # rows trained on
     tokens: int = 0  # of those rows, without padding
     padded_tokens: int = 0  # with padding: what was computed
+    skipped_steps: int = 0  # by float16's scaler, because a scaled gradient overflowed
     seconds: float = 0.0  # of training steps and validation, over all sittings
     log_lines: int = 0
     history: list[dict[str, float]] = field(default_factory=list)  # a row an epoch
@@ -51,8 +56,9 @@ class State:
 class Trainer:
     """The model, its optimizer and where the run stands; `epochs` trains and yields after every step.
 
-    Each random number follows from the seed and the step: a run that was stopped and resumed draws what
-    it would have drawn.
+    Each random number follows from the seed, the step and the rank: a run that was stopped and resumed
+    draws what it would have drawn. A batch is cut into the processes' shares; gradients and losses are
+    sums over rows divided by all rows, so that they are the same at any number of processes.
     """
 
     def __init__(
@@ -64,8 +70,10 @@ class Trainer:
         pad_token_id: int,
         device: torch.device,
         precision: str,
+        world: World = ALONE,
     ):
-        self.model, self.recipe = model, recipe
+        self.model, self.recipe, self.world = model, recipe, world
+        self.forward = model if world.size == 1 else DistributedDataParallel(model)
         self.train_rows, self.validation_rows = train, validation
         self.pad_token_id, self.device, self.precision = pad_token_id, device, precision
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -91,6 +99,7 @@ class Trainer:
         self.best: dict[str, Tensor] = {}
         self._loss_sum = torch.zeros((), device=device)  # over rows since the last logged step
         self._rows = 0
+        self._unchecked: list[tuple[int, list[np.ndarray], Tensor]] = []  # step, its rows, whether finite
 
     def epochs(self) -> Iterator[dict[str, Any] | None]:
         """Trains to the end, yielding after each step: a line to log, or None."""
@@ -121,25 +130,26 @@ class Trainer:
 
     def _step(self, group: list[np.ndarray]) -> Tensor:
         """One optimizer step over the batches of a group; the gradient's norm before clipping."""
-        recipe, state = self.recipe, self.state
+        recipe, state, world = self.recipe, self.state, self.world
         self.model.train()
         rows_in_group = sum(len(rows) for rows in group)
+        step_loss = torch.zeros((), device=self.device)
         for part, rows in enumerate(group):
-            torch.manual_seed(_step_seed(recipe.seed, state.step, part))
-            batch = collate(self.train_rows, rows, self.pad_token_id)
-            state.examples += len(rows)
-            state.tokens += int(batch.attention_mask.sum())
-            state.padded_tokens += batch.attention_mask.numel()
-            batch = batch.to(self.device)
-            with autocast(self.device, self.precision):
-                logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-            loss_sum = F.cross_entropy(
-                logits.float(), batch.labels, reduction="sum", label_smoothing=recipe.label_smoothing
+            torch.manual_seed(_step_seed(recipe.seed, state.step, part, world.rank))
+            shares = [rows[rank :: world.size] for rank in range(world.size)]
+            self._count(rows, shares)
+            # DistributedDataParallel wants a forward from everyone: one without rows lends one, unweighed.
+            mine = shares[world.rank]
+            batch = collate(self.train_rows, mine if len(mine) else rows[:1], self.pad_token_id).to(
+                self.device
             )
-            # Divided by the group's rows, so that a short last group is still a mean over its rows.
-            self.scaler.scale(loss_sum / rows_in_group).backward()  # type: ignore[no-untyped-call]
-            self._loss_sum += loss_sum.detach()
-            self._rows += len(rows)
+            with self._synchronised(part == len(group) - 1):
+                loss_sum = self._loss(batch) * float(len(mine) > 0)
+                # Divided by the group's rows, so that a short last group is still a mean over its rows;
+                # times the processes, over which DistributedDataParallel takes the mean.
+                scaled = self.scaler.scale(loss_sum * (world.size / rows_in_group))
+                scaled.backward()  # type: ignore[no-untyped-call]
+            step_loss += loss_sum.detach()
         self.scaler.unscale_(self.optimizer)
         limit = recipe.max_gradient_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.trainable.values(), limit)
@@ -147,17 +157,71 @@ class Trainer:
         self.scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._loss_sum += world.sum_(step_loss).nan_to_num(0, 0, 0)  # a skipped step has no loss to log
+        self._rows += rows_in_group
+        self._unchecked.append((state.step + 1, group, (step_loss + norm).isfinite()))
         return norm
+
+    def _loss(self, batch: Batch) -> Tensor:
+        """The cross-entropy summed over a batch's rows, in float32."""
+        try:
+            with autocast(self.device, self.precision):
+                logits = self.forward(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        except torch.OutOfMemoryError as error:
+            rows, length = batch.input_ids.shape
+            raise TrainingError(
+                f"step {self.state.step + 1}: a batch of {rows} rows x {length} tokens does not fit into the "
+                f"memory of {self.device}; lower batch_size (and raise accumulation_steps as much) or "
+                "max_length_tokens, or set gradient_checkpointing = true"
+            ) from error
+        return F.cross_entropy(
+            logits.float(), batch.labels, reduction="sum", label_smoothing=self.recipe.label_smoothing
+        )
+
+    def _synchronised(self, last: bool) -> AbstractContextManager[object]:
+        """Gradients are added up over the processes at a group's last batch alone."""
+        if isinstance(self.forward, DistributedDataParallel) and not last:
+            return self.forward.no_sync()
+        return contextlib.nullcontext()
+
+    def _count(self, rows: np.ndarray, shares: list[np.ndarray]) -> None:
+        lengths = self.train_rows.lengths
+        self.state.examples += len(rows)
+        self.state.tokens += int(lengths[rows].sum())
+        self.state.padded_tokens += sum(
+            len(share) * int(lengths[share].max()) for share in shares if len(share)
+        )
+
+    def check_finite(self) -> None:
+        """Looks at the steps since the last look: was every loss and gradient finite? Waits for the device.
+
+        With float16 the scaler has skipped such a step, which is counted. Otherwise the weights are
+        spoilt: raises TrainingError with the first such step and its rows, before anything is saved.
+        """
+        if not self._unchecked:
+            return
+        finite = torch.stack([flag for _, _, flag in self._unchecked]).cpu().tolist()
+        bad = [
+            (step, rows) for (step, rows, _), fine in zip(self._unchecked, finite, strict=True) if not fine
+        ]
+        self._unchecked.clear()
+        if not bad:
+            return
+        step, group = bad[0]
+        rows = ", ".join(str(row) for row in sorted(np.concatenate(group).tolist()))
+        if self.scaler.is_enabled():
+            self.state.skipped_steps += len(bad)
+            if self.scaler.get_scale() >= 1:
+                return
+        raise TrainingError(
+            f"step {step}: the loss or its gradient is not finite, among the training rows {rows}. "
+            'A lower learning_rate, max_gradient_norm above 0 or precision = "fp32" may help'
+        )
 
     def _line(self, gradient_norm: Tensor) -> dict[str, Any]:
         """What is logged of the steps since the last line. Waits for the device."""
+        self.check_finite()
         loss = float(self._loss_sum) / self._rows
-        if not math.isfinite(loss):
-            first = max(1, self.state.step - self.recipe.log_every_steps + 1)
-            raise TrainingError(
-                f"the loss became {loss} in steps {first} to {self.state.step}: "
-                'a lower learning_rate, max_gradient_norm above 0 or precision = "fp32" may help'
-            )
         self._loss_sum.zero_()
         self._rows = 0
         return {
@@ -173,6 +237,7 @@ class Trainer:
 
         Best by loss: of a few hundred validation rows, one more that is right is noise.
         """
+        self.check_finite()
         state = self.state
         logits = predict_logits(
             self.model,
@@ -245,23 +310,25 @@ def predict_logits(
     pad_token_id: int,
     device: torch.device,
     precision: str,
+    world: World = ALONE,
 ) -> Tensor:
-    """The model's logits in eval mode, (rows, classes) float32 on the CPU, in the rows' order."""
+    """The model's logits in eval mode, (rows, classes) float32 on the CPU, in the rows' order.
+
+    Each process of `world` computes some of the batches, and all get all of the logits.
+    """
     was_training = model.training
     model.eval()
-    batches = batches_by_length(rows.lengths, batch_size)
-    outputs = []
-    for members in batches:
+    classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
+    logits = torch.zeros(len(rows), classes, device=device)
+    for members in batches_by_length(rows.lengths, batch_size)[world.rank :: world.size]:
         batch = collate(rows, members, pad_token_id).to(device)
         with autocast(device, precision):
-            outputs.append(
-                model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits.float()
-            )
+            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        logits[torch.from_numpy(members).to(device)] = output.float()
     model.train(was_training)
-    order = torch.from_numpy(np.concatenate(batches))
-    return torch.cat(outputs).cpu()[order.argsort()]
+    return world.sum_(logits).cpu()  # every row is somewhere, and zero elsewhere
 
 
-def _step_seed(seed: int, step: int, part: int) -> int:
-    digest = hashlib.sha256(f"{seed}:{step}:{part}".encode()).digest()
+def _step_seed(seed: int, step: int, part: int, rank: int) -> int:
+    digest = hashlib.sha256(f"{seed}:{step}:{part}:{rank}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1

@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", action="store_true", help="a JSON object a line, with every class's probability"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)  # flags may stand between RUN and TEXT
     if any(not text.strip() for text in options.texts):
         print("error: an empty TEXT has no topic", file=sys.stderr)
         return 2
