@@ -11,7 +11,7 @@ ARGS ?=
 NPROC ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long soak test-peers bench-merging lint format clean
+.PHONY: help setup train test test-long soak test-peers bench-merging bench-peers lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -38,6 +38,9 @@ test-peers: $(PEERS)/.run  ## the tests against PEFT, in an environment of its o
 
 bench-merging: $(PEERS)/.run  ## what merging rounds and how weights drift, beside PEFT
 	$(PEERS)/bin/python -m bench merging --save $(ARGS)
+
+bench-peers: $(PEERS)/.run  ## a training step beside PEFT's: time, memory, the same gradients
+	$(PEERS)/bin/python -m bench peers --save $(ARGS)
 
 lint: $(VENV)/.dev  ## check style and types
 	$(VENV)/bin/ruff check .

@@ -265,8 +265,11 @@ def _read_config(path: Path) -> tuple[LoraConfig, str | None]:
         raise AdapterError(f"{path}: damaged: {error}") from error
     if not isinstance(fields, dict):
         raise AdapterError(f"{path}: damaged: not a JSON object")
+    base = fields.get("base_model_name_or_path")
+    if not isinstance(base, str | None):
+        raise AdapterError(f"{path}: base_model_name_or_path: {base!r} is not a name")
     try:
-        return from_peft(fields), fields.get("base_model_name_or_path")
+        return from_peft(fields), base
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{path}: {error}") from error
 

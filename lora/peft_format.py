@@ -23,7 +23,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base weights
 }
-_OFF: tuple[Any, ...] = (None, False, "", [], {})
+_OFF: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
 
 
 def to_peft(config: LoraConfig, base: str, task_type: str | None) -> dict[str, Any]:

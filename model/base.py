@@ -31,6 +31,7 @@ _HUB_FILES = [
     "merges.txt",
     "special_tokens_map.json",
 ]
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
 class ModelError(RuntimeError):
@@ -117,6 +118,8 @@ def _from_folder(folder: Path, settings: dict[str, Any], seed: int) -> tuple[Any
         raise ModelError(f"{folder}: there is no config.json, so this is no model in the hub's layout")
     if not list(folder.glob("model*.safetensors")):
         raise ModelError(f"{folder}: there is no model.safetensors (pickled weights are not read)")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(f"{folder}: there is no tokenizer in it ({', '.join(_TOKENIZER_FILES)})")
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != "roberta":
@@ -124,13 +127,21 @@ def _from_folder(folder: Path, settings: dict[str, Any], seed: int) -> tuple[Any
         config.update(settings)
         torch.manual_seed(seed)
         model, report = RobertaForSequenceClassification.from_pretrained(
-            folder, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            folder,
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # a head for other classes is replaced; others are refused below
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except ModelError:
         raise
     except Exception as error:  # transformers, safetensors and tokenizers raise many kinds for a bad folder
         raise ModelError(f"{folder}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    misshapen = sorted(str(key) for key in report["mismatched_keys"] if "classifier." not in str(key))
+    if misshapen:
+        raise ModelError(f"{folder}: not of the shapes that config.json says: {misshapen[0]}")
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("classifier."))
     if missing:
         raise ModelError(

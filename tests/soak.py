@@ -80,7 +80,7 @@ class Soak:
         return same
 
     def kills(self, total: int) -> tuple[int, int]:
-        """A third at any moment of the process, a third while training, a third inside a checkpoint's write."""
+        """A third at any moment, a third while training, a third inside a checkpoint's write."""
         good = 0
         for number in range(total):
             folder = self.folder()

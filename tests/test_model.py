@@ -75,6 +75,8 @@ def test_a_folder_loads_with_its_tokenizer_and_a_head_drawn_from_the_seed(hub_fo
         (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cannot be loaded"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "a bert"),
         (lambda folder: _edit_config(folder, num_hidden_layers=3), "missing"),
+        (lambda folder: _edit_config(folder, hidden_size=64), "not of the shapes"),
+        (lambda folder: [(folder / name).unlink() for name in ("vocab.json", "merges.txt")], "no tokenizer"),
     ],
 )
 def test_a_folder_that_is_no_model_is_a_clear_error(hub_folder, tmp_path, damage, message):

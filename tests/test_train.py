@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -142,13 +143,48 @@ def test_resuming_says_what_does_not_fit(run, recipe, tmp_path, capsys):
     assert run_job("tiny", recipe, folder, resume=True).was_finished
     with pytest.raises(RunError, match="epochs = 3 there, epochs = 4 now"):
         run_job("tiny", dataclasses.replace(recipe, epochs=4), folder, resume=True)
-    with pytest.raises(RunError, match="a finished run's files in it already"):
+    with pytest.raises(RunError, match="it holds a finished run already"):
         run_job("tiny", recipe, folder)
     with pytest.raises(RunError, match="no such folder"):
         run_job("tiny", recipe, tmp_path / "nowhere", resume=True)
     (tmp_path / "empty").mkdir()
     run_job("tiny", dataclasses.replace(recipe, epochs=1), tmp_path / "empty", resume=True)
     assert "resuming at step 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("metrics.jsonl", lambda path: path.unlink(), "they are not all there"),
+        ("metrics.jsonl", lambda path: path.write_text('{"cut\n'), "they are not all there"),
+        ("config.toml", lambda path: path.write_text("epochs = "), "config.toml"),
+        ("config.toml", lambda path: path.unlink(), "no config.toml"),
+        ("checkpoint/00000021.safetensors", lambda path: path.write_bytes(b""), "damaged"),
+    ],
+)
+def test_a_damaged_folder_is_not_taken_for_a_new_one(run, recipe, tmp_path, name, damage, message):
+    shutil.copytree(run[0], tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    damage(tmp_path / "run" / name)
+    with pytest.raises((RunError, CheckpointError), match=message):
+        run_job("tiny", recipe, tmp_path / "run", resume=True)
+
+
+def test_another_base_model_under_the_same_name_is_refused(run, recipe, tmp_path, monkeypatch):
+    from model import load_base
+
+    shutil.copytree(run[0], tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+
+    def other(*args, **kwargs):
+        model, tokenizer = load_base(*args, **kwargs)
+        with torch.no_grad():
+            model.roberta.encoder.layer[1].output.dense.weight[0, 0] += 1
+        return model, tokenizer
+
+    monkeypatch.setattr("train.job.load_base", other)
+    with pytest.raises(CheckpointError, match="the base model is not the one"):
+        run_job("tiny", recipe, tmp_path / "run", resume=True)
 
 
 def test_a_damaged_checkpoint_is_caught_and_the_one_before_is_offered(run, recipe, tmp_path):

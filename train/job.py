@@ -25,7 +25,7 @@ from lora.parameters import train_only
 from model import HEAD, load_base, speed_up
 from train.batches import Encoded, encode
 from train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
-from train.config import Recipe
+from train.config import Recipe, RecipeError
 from train.console import Console, Silence
 from train.data import DataError, load_news
 from train.distributed import World, join_world, local_rank
@@ -71,7 +71,10 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
     Raises RunError, DataError, ModelError, RecipeError, CheckpointError, TrainingError, InterruptedRunError.
     """
     if _prepare_folder(folder, recipe, resume):
-        return Result(json.loads((folder / SUMMARY).read_text()), was_finished=True)
+        try:
+            return Result(json.loads((folder / SUMMARY).read_text()), was_finished=True)
+        except ValueError as error:
+            raise RunError(f"{folder / SUMMARY}: damaged; remove it, and --resume writes it anew") from error
     device = resolve_device(recipe.device, local_rank())
     precision = resolve_precision(recipe.precision, device)
     set_deterministic(recipe, device)
@@ -114,6 +117,7 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
         trainer = Trainer(model, recipe, train, validation, pad, device, precision, world)
         resumed = _restore(trainer, folder / CHECKPOINT, identity) if resume else False
         state = trainer.state
+        _check_log(folder / METRICS, state.log_lines)
         total = recipe.epochs * len(train)
         console = (
             Console(folder / METRICS, total, state.examples, state.log_lines) if world.main else Silence()
@@ -185,13 +189,19 @@ def _prepare_folder(folder: Path, recipe: Recipe, resume: bool) -> bool:
     """Refuses a folder that cannot be used; whether the run in it is finished."""
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder}: not a folder")
-    inside = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
+    # Not the lock, nor what a kill in the middle of a write left: both begin with a dot.
+    inside = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
     if not resume:
         if inside:
-            what = "a finished run's files" if SUMMARY in inside else "files"
+            what = (
+                "a finished run"
+                if SUMMARY in inside
+                else "an unfinished run"
+                if CONFIG in inside
+                else "files"
+            )
             raise RunError(
-                f"{folder}: there are {what} in it already; "
-                "--resume goes on with a run, --output DIR starts another"
+                f"{folder}: it holds {what} already; --resume goes on with a run, --output DIR starts another"
             )
         return False
     if not folder.is_dir():
@@ -209,7 +219,10 @@ def _prepare_folder(folder: Path, recipe: Recipe, resume: bool) -> bool:
 
 def _choose_what_trains(model: nn.Module, recipe: Recipe) -> Ledger:
     if recipe.method == "lora":
-        inject(model, recipe.lora_config(), seed=recipe.seed)
+        try:
+            inject(model, recipe.lora_config(), seed=recipe.seed)
+        except (TypeError, ValueError, RuntimeError) as error:  # a pattern, or a rank beyond all memory
+            raise RecipeError(str(error)) from error
     elif recipe.method == "head":
         train_only(model, HEAD)
     return count_parameters(model, head=HEAD)
@@ -232,6 +245,19 @@ def _restore(trainer: Trainer, folder: Path, identity: dict[str, str]) -> bool:
             )
     trainer.restore(tensors, state["trainer"])
     return True
+
+
+def _check_log(path: Path, lines: int) -> None:
+    """Refuses to go on after a log that has lost lines which the checkpoint counts on."""
+    found = path.read_bytes().splitlines()[:lines] if path.is_file() else []
+    try:
+        intact = len([json.loads(line) for line in found]) == lines
+    except ValueError:
+        intact = False
+    if not intact:
+        raise RunError(
+            f"{path}: damaged: the checkpoint was taken after {lines} lines, and they are not all there"
+        )
 
 
 def _train(trainer: Trainer, console: Console | Silence, folder: Path, identity: dict[str, str]) -> None:
