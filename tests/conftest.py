@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach a hub; the stub hub's test runs in its own process
@@ -112,3 +113,13 @@ def ag_news_folder() -> Path:
     if not os.environ.get("AG_NEWS_DIR"):
         pytest.skip("AG_NEWS_DIR is not set")
     return Path(os.environ["AG_NEWS_DIR"])
+
+
+def content(folder: Path) -> tuple[dict[str, bytes], dict[str, object]]:
+    """What two runs that are the same run must share, bit for bit."""
+    summary = json.loads((folder / "summary.json").read_text())
+    timeless = {
+        k: v for k, v in summary.items() if not k.endswith(("_seconds", "_per_second", "memory_bytes"))
+    }
+    files = [*sorted((folder / "adapter").iterdir()), folder / "metrics.jsonl", folder / "config.toml"]
+    return {path.name: path.read_bytes() for path in files}, timeless

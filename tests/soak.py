@@ -15,8 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from conftest import write_csv_folder, write_hub_folder
-from test_survival import content, finish, start
+from conftest import content, write_csv_folder, write_hub_folder
+from test_survival import finish, start
 
 from train.checkpoint import list_checkpoints
 from train.config import Recipe

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import content
 
 from train.checkpoint import list_checkpoints
 from train.config import Recipe
@@ -39,15 +40,6 @@ def undisturbed(recipe_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
     run_job("tiny", recipe_file[1], folder)
     return content(folder)
-
-
-def content(folder):
-    summary = json.loads((folder / "summary.json").read_text())
-    timeless = {
-        k: v for k, v in summary.items() if not k.endswith(("_seconds", "_per_second", "memory_bytes"))
-    }
-    files = [*sorted((folder / "adapter").iterdir()), folder / "metrics.jsonl", folder / "config.toml"]
-    return {path.name: path.read_bytes() for path in files}, timeless
 
 
 def start(recipe_file, folder, *flags, processes=0, **options):
@@ -95,11 +87,15 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(recipe_file, undisturb
     assert content(tmp_path / "run") == undisturbed
 
 
-def test_a_kill_loses_nothing(recipe_file, undisturbed, tmp_path):
+@pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGINT, signal.SIGINT]])
+def test_a_kill_and_a_second_ctrl_c_lose_nothing(recipe_file, undisturbed, tmp_path, signals):
     process = start(recipe_file, tmp_path / "run")
     wait_for_checkpoint(tmp_path / "run", process, 2)
-    process.kill()
-    finish(process)
+    for number in signals:
+        process.send_signal(number)
+    returned, _, err = finish(process)
+    assert returned in (-signals[-1], 130)  # 130 where the step ended between the two
+    assert "Traceback" not in err
     assert not (tmp_path / "run" / "summary.json").exists()
     returned, _, err = finish(start(recipe_file, tmp_path / "run", "--resume"))
     assert returned == 0, err

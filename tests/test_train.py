@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from conftest import content
 
 from lora import read_adapter
 from train import evaluate, predict
@@ -37,16 +38,6 @@ def run(recipe, tmp_path_factory):
     """A finished run: its folder and summary."""
     folder = tmp_path_factory.mktemp("run") / "tiny"
     return folder, run_job("tiny", recipe, folder).summary
-
-
-def content(folder):
-    """What must repeat bit for bit."""
-    summary = json.loads((folder / "summary.json").read_text())
-    timeless = {
-        k: v for k, v in summary.items() if not k.endswith(("_seconds", "_per_second", "memory_bytes"))
-    }
-    files = [*sorted((folder / "adapter").iterdir()), folder / "metrics.jsonl", folder / "config.toml"]
-    return {path.name: path.read_bytes() for path in files}, timeless
 
 
 def test_a_run_leaves_what_the_readme_says(run, recipe):
