@@ -18,7 +18,6 @@ from conftest import content
 
 from train.checkpoint import list_checkpoints
 from train.config import Recipe
-from train.job import run_job
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,7 +37,8 @@ def recipe_file(hub_folder, csv_folder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(recipe_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    run_job("tiny", recipe_file[1], folder)
+    returned, _, err = finish(start(recipe_file, folder))
+    assert returned == 0, err
     return content(folder)
 
 
