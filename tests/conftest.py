@@ -26,7 +26,7 @@ NEWS = {
 
 
 def tiny_roberta(
-    num_labels: int = 3, seed: int = 0, vocab_size: int = 300
+    num_labels: int = 3, seed: int = 0, vocab_size: int = 300, initializer_range: float = 0.3
 ) -> RobertaForSequenceClassification:
     """Two layers, 32 wide: small enough to train in milliseconds."""
     config = RobertaConfig(
@@ -38,7 +38,7 @@ def tiny_roberta(
         max_position_embeddings=66,
         type_vocab_size=1,
         pad_token_id=1,
-        initializer_range=0.3,  # random features that tell texts apart
+        initializer_range=initializer_range,  # 0.3: random features that tell texts apart
         num_labels=num_labels,
     )
     with torch.random.fork_rng():
