@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.__main__ import main
+from train.cli import main
 from train.config import RECIPES, Recipe, RecipeError, load_recipe, make_recipe, parse_setting
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))

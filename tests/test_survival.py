@@ -87,6 +87,18 @@ def test_a_signal_finishes_the_step_and_says_how_to_go_on(recipe_file, undisturb
     assert content(tmp_path / "run") == undisturbed
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("seconds", [1, 3])
+def test_a_signal_before_training_is_one_message(recipe_file, tmp_path, number, code, seconds):
+    process = start(recipe_file, tmp_path / "run")
+    time.sleep(seconds)  # within the imports, whatever the machine's speed; or else the data
+    process.send_signal(number)
+    returned, _, err = finish(process)
+    assert returned == code
+    assert "stopped" in err
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize("signals", [[signal.SIGKILL], [signal.SIGINT, signal.SIGINT]])
 def test_a_kill_and_a_second_ctrl_c_lose_nothing(recipe_file, undisturbed, tmp_path, signals):
     process = start(recipe_file, tmp_path / "run")

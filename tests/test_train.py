@@ -13,9 +13,9 @@ from conftest import content
 
 from lora import read_adapter
 from train import evaluate, predict
-from train.__main__ import main
 from train.batches import encode
 from train.checkpoint import CheckpointError, list_checkpoints
+from train.cli import main
 from train.config import Recipe
 from train.data import load_news
 from train.job import InterruptedRunError, run_job
