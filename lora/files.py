@@ -221,6 +221,13 @@ def write_atomically(path: Path, data: bytes) -> None:
     _sync_folder(path.parent)
 
 
+def hash_tensors(sha: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
+    """Feeds names, dtypes, shapes and values to `sha`, in the order of the names."""
+    for name in sorted(tensors):
+        sha.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        sha.update(tensor_bytes(tensors[name]))
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -277,9 +284,7 @@ def _read_config(path: Path) -> tuple[LoraConfig, str | None]:
 def _digest(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in note.items() if key != "digest"}
     sha = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
-    for name in sorted(tensors):
-        sha.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
-        sha.update(_bytes(tensors[name]))
+    hash_tensors(sha, tensors)
     return sha.hexdigest()
 
 
@@ -320,12 +325,13 @@ def _hash_weights(weights: Mapping[str, tuple[Tensor, Tensor | None]], dtype: to
         sha.update(name.encode())
         for tensor in weights[name]:
             if tensor is not None:
-                sha.update(_bytes(tensor.detach().to(dtype)))
+                sha.update(tensor_bytes(tensor.detach().to(dtype)))
     return sha.hexdigest()
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's values as they lie in memory, on the CPU, for hashing."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _short(dtype: torch.dtype) -> str:

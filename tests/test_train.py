@@ -271,16 +271,21 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(recipe, tmp_path
     assert not list_checkpoints(tmp_path / "run" / "checkpoint")
 
 
-def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(recipe, tmp_path, monkeypatch):
-    """Step 9 is spoilt; checkpoints are due after steps 5, 7 (an epoch's end) and 10."""
+def spoil(monkeypatch, step, factor):
+    """Multiplies the loss of one step, of one batch each, by something that is not finite."""
     loss, steps = Trainer._loss, 0
 
     def spoilt(trainer, batch):
         nonlocal steps
         steps += 1
-        return loss(trainer, batch) * (float("nan") if steps == 9 else 1)
+        return loss(trainer, batch) * (factor if steps == step else 1)
 
     monkeypatch.setattr(Trainer, "_loss", spoilt)
+
+
+def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(recipe, tmp_path, monkeypatch):
+    """Step 9 is spoilt; checkpoints are due after steps 5, 7 (an epoch's end) and 10."""
+    spoil(monkeypatch, step=9, factor=float("nan"))
     with pytest.raises(TrainingError, match=r"step 9: .*last good checkpoint is .*00000007"):
         run_job("tiny", dataclasses.replace(recipe, log_every_steps=100), tmp_path / "run")
     monkeypatch.undo()
@@ -288,16 +293,9 @@ def test_a_gradient_that_is_not_finite_never_reaches_a_checkpoint(recipe, tmp_pa
 
 
 def test_float16_skips_what_overflows_and_counts_it(recipe, tmp_path, monkeypatch):
-    loss, steps = Trainer._loss, 0
-
-    def spoilt(trainer, batch):
-        nonlocal steps
-        steps += 1
-        return loss(trainer, batch) * (float("inf") if steps == 15 else 1)
-
     half = dataclasses.replace(recipe, precision="fp16")  # whose first scale is too large: some steps skip
     undisturbed = run_job("tiny", half, tmp_path / "undisturbed").summary
-    monkeypatch.setattr(Trainer, "_loss", spoilt)
+    spoil(monkeypatch, step=15, factor=float("inf"))
     summary = run_job("tiny", half, tmp_path / "run").summary
     assert summary["skipped_steps"] == undisturbed["skipped_steps"] + 1
     assert summary["precision"] == "fp16"

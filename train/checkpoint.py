@@ -13,10 +13,9 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-import torch
 from torch import Tensor
 
-from lora.files import write_atomically
+from lora.files import hash_tensors, write_atomically
 
 _ENTRY = "checkpoint"
 _KEEP = 2
@@ -61,8 +60,5 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _digest(tensors: dict[str, Tensor], state: dict[str, Any]) -> str:
     sha = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    hash_tensors(sha, tensors)
     return sha.hexdigest()

@@ -15,12 +15,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from datasets import Dataset
 from torch import nn
 
 from lora import Ledger, count_parameters, inject
-from lora.files import write_atomically
+from lora.files import tensor_bytes, write_atomically
 from lora.parameters import train_only
 from model import HEAD, load_base, speed_up
 from train.batches import Encoded, encode
@@ -181,7 +180,7 @@ def _weights_digest(model: nn.Module) -> str:
     sha = hashlib.sha256()
     for name, parameter in model.named_parameters():
         sha.update(name.encode())
-        sha.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        sha.update(tensor_bytes(parameter))
     return sha.hexdigest()
 
 
