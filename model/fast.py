@@ -1,10 +1,9 @@
 """Drop-in dropout and attention that train faster, and `speed_up`, which puts them in.
 
-On the CPU torch's dropout draws a float an element, and its fused attention is slower than the plain
-products it replaces, backward most of all (bench/NOTES.md has the figures). So here dropout draws 16
-bits an element, and attention is written out with its backward: the probabilities are computed a second
-time there, so that no (length x length) matrix is kept but dropout's mask, one bit an element. On CUDA
-both leave the work to torch's own kernels.
+On the CPU torch's dropout draws a float at a time, and its fused attention is slower than the plain
+products it replaces, backward most of all (bench/NOTES.md has the figures). So here dropout's bits come
+from a vectorised hash (lora/dropout.py), and attention is written out with its backward. On CUDA both
+leave the work to torch's own kernels.
 """
 
 from __future__ import annotations
@@ -106,56 +105,61 @@ def fast_attention(
 
 
 class _Attention(torch.autograd.Function):
-    """O = D(softmax(s·Q·Kᵀ + bias))·V / (1 - p), D dropout's mask (arXiv 1706.03762, equation 1)."""
+    """O = D(P)·V / (1 - p), P = softmax(s·Q·Kᵀ + bias), D dropout's mask (arXiv 1706.03762, equation 1)."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scaling: float, p: float
     ) -> Tensor:
         ctx.scaling, ctx.p = scaling, p
-        probabilities = _probabilities(q, k, bias, scaling)  # (B·H, L, L)
+        # Copied head by head here, once for both directions.
+        scaled_q, heads_k, heads_v = _heads(q, scaling), _heads(k), _heads(v)  # (B·H, L, d)
+        scores = torch.bmm(scaled_q, heads_k.transpose(1, 2))  # (B·H, L, L)
+        if bias is not None:
+            scores.view(*q.shape[:2], *scores.shape[1:]).add_(bias)
+        probabilities = dropped = _softmax(scores)
         packed = None
         if p:
             keep = draw_keep(probabilities.shape, p, q.device)
             packed = pack(keep)
-            probabilities = zero_dropped(probabilities, keep)
-        ctx.save_for_backward(q, k, v, bias, packed)
-        out = torch.bmm(probabilities, _heads(v))
+            dropped = zero_dropped(probabilities, keep)
+        ctx.save_for_backward(scaled_q, heads_k, heads_v, probabilities, packed)
+        out = torch.bmm(dropped, heads_v)
         return (out.mul_(1 / (1 - p)) if p else out).view(q.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, bias, packed = ctx.saved_tensors
-        probabilities = _probabilities(q, k, bias, ctx.scaling)
-        g = _heads(grad)
-        g = g * (1 / (1 - ctx.p)) if ctx.p else g
+        scaled_q, heads_k, heads_v, probabilities, packed = ctx.saved_tensors
+        g = _heads(grad, 1 / (1 - ctx.p))
         dropped = probabilities
-        score_grad = torch.bmm(g, _heads(v).transpose(1, 2))  # (B·H, L, L)
+        score_grad = torch.bmm(g, heads_v.transpose(1, 2))  # (B·H, L, L)
         if packed is not None:
             keep = unpack(packed, probabilities.shape)
             dropped = zero_dropped(probabilities, keep)
             score_grad = zero_dropped(score_grad, keep)
         v_grad = torch.bmm(dropped.transpose(1, 2), g)
         score_grad = torch._softmax_backward_data(score_grad, probabilities, -1, probabilities.dtype)
-        q_grad = torch.bmm(score_grad, _heads(k)).mul_(ctx.scaling)
-        k_grad = torch.bmm(score_grad.transpose(1, 2), _heads(q)).mul_(ctx.scaling)
-        return q_grad.view(q.shape), k_grad.view(k.shape), v_grad.view(v.shape), None, None, None
+        q_grad = torch.bmm(score_grad, heads_k).mul_(ctx.scaling)
+        k_grad = torch.bmm(score_grad.transpose(1, 2), scaled_q)
+        shape = grad.shape
+        return q_grad.view(shape), k_grad.view(shape), v_grad.view(shape), None, None, None
 
 
-def _probabilities(q: Tensor, k: Tensor, bias: Tensor | None, scaling: float) -> Tensor:
-    """softmax(scaling·Q·Kᵀ + bias), (B·H, L, L)."""
-    scores = torch.bmm(_heads(q) * scaling, _heads(k).transpose(1, 2))
-    if bias is not None:
-        scores.view(*q.shape[:2], *scores.shape[1:]).add_(bias)
+def _softmax(scores: Tensor) -> Tensor:
     if scores.element_size() > 2 or scores.shape[-1] % 32 == 0:
         return scores.softmax(-1)
     # torch's 16-bit softmax takes three times as long where a row is not whole vectors of 32.
     return scores.float().softmax(-1).to(scores.dtype)
 
 
-def _heads(x: Tensor) -> Tensor:
-    """(B, H, L, d) -> (B·H, L, d)."""
-    return x.reshape(-1, *x.shape[2:])
+def _heads(x: Tensor, factor: float = 1.0) -> Tensor:
+    """factor·x, (B, H, L, d) -> (B·H, L, d), contiguous: one pass over memory for both."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if factor == 1:
+        out.copy_(x)
+    else:
+        torch.mul(x, factor, out=out)
+    return out.view(-1, *x.shape[2:])
 
 
 def _traced() -> bool:
