@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import hashlib
+import io
 import json
 import platform
 import signal
@@ -15,6 +17,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 from torch import nn
 
@@ -42,6 +45,7 @@ from train.runs import CONFIG, SUMMARY, RunError, run_recipe, save_trained
 
 CHECKPOINT = "checkpoint"
 METRICS = "metrics.jsonl"
+PREDICTIONS = "test_predictions.csv"
 LOCK = ".lock"
 _ECHO_SECONDS = 5
 
@@ -141,6 +145,7 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
         summary: dict[str, Any] = {}
         if world.main:
             trained_bytes = save_trained(model, folder, recipe, news.labels)
+            _save_predictions(folder / PREDICTIONS, test.labels, logits.argmax(1).numpy(), news.labels)
             summary = _summary(name, trainer, ledger, scores, news.labels, trained_bytes)
             lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
             draw_all(folder / "figures", state.history, lines, scores, news.labels)
@@ -148,6 +153,15 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
             write_atomically(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
         world.wait()
         return Result(summary)
+
+
+def _save_predictions(path: Path, truth: np.ndarray, predicted: np.ndarray, labels: tuple[str, ...]) -> None:
+    """A row a test article, in the data's order: what paired tests between runs need."""
+    text = io.StringIO()
+    rows = csv.writer(text, lineterminator="\n")
+    rows.writerow(("label", "prediction"))
+    rows.writerows((labels[i], labels[j]) for i, j in zip(truth, predicted, strict=True))
+    write_atomically(path, text.getvalue().encode())
 
 
 def _encode_once(split: Dataset, tokenizer: Any, max_length_tokens: int, world: World) -> Encoded:

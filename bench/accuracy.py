@@ -1,0 +1,192 @@
+"""Accuracy against what trains: full fine-tuning, LoRA by rank, the head alone.
+
+Every cell is a run of `python -m train` in a process of its own, in runs/accuracy: a finished one is not
+run again, a stopped one goes on. The learning rate of each mode is the one of lowest validation loss on
+seed 0, among as many candidates for each; LoRA's is chosen at r = 8 and kept for the other ranks, with
+alpha the same for all (arXiv 2106.09685, section 4.1). Nothing is chosen by the test part.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.significance import mcnemar, mean_and_interval
+from train.job import PREDICTIONS
+from train.runs import CONFIG, SUMMARY
+
+RUNS = Path("runs/accuracy")
+SEEDS = (0, 1, 2)
+SETTINGS = {"model": "minilm", "epochs": 3, "batch_size": 32, "max_length_tokens": 128, "lora_alpha": 16}
+RATES = {
+    "full": (3e-5, 6e-5, 1.2e-4, 2.4e-4),
+    "lora": (1e-3, 2e-3, 4e-3, 8e-3),
+    "head": (1e-3, 2e-3, 4e-3, 8e-3),
+}
+TUNED_RANK = 8
+QUERY_VALUE = ("query", "value")
+ALL_LINEAR = ("query", "key", "value", "intermediate.dense", "output.dense")
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What is compared and tuned by itself; a rank and targets only with LoRA."""
+
+    method: str  # full | lora | head
+    r: int = 0
+    targets: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        where = "query, value" if self.targets == QUERY_VALUE else "all linear layers"
+        return (
+            f"LoRA r={self.r}, {where}"
+            if self.method == "lora"
+            else {"full": "full", "head": "head only"}[self.method]
+        )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run on `data`, with what `shrunk` says instead of SETTINGS."""
+
+    data: str
+    mode: Mode
+    learning_rate: float
+    seed: int
+    shrunk: bool = False
+
+    @property
+    def folder(self) -> Path:
+        what = (
+            f"lora-r{self.mode.r}-{len(self.mode.targets)}targets"
+            if self.mode.method == "lora"
+            else self.mode.method
+        )
+        size = "quick" if self.shrunk else "whole"
+        return RUNS / size / Path(self.data).name / f"{what}-lr{self.learning_rate:g}-seed{self.seed}"
+
+    def finish(self) -> dict[str, Any]:
+        """The run's summary; runs it, or goes on with it, where there is none yet.
+
+        Raises RuntimeError with the run's own message where it fails.
+        """
+        if not (self.folder / SUMMARY).is_file():
+            command = [sys.executable, "-m", "train", "--recipe", "quickstart", "--output", str(self.folder)]
+            for key, value in self.settings().items():
+                command += ["--set", f"{key}={json.dumps(value)}"]
+            if (self.folder / CONFIG).is_file():
+                command.append("--resume")
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"{self.folder}: {done.stderr.strip().splitlines()[-1]}")
+        return dict(json.loads((self.folder / SUMMARY).read_text()))
+
+    def settings(self) -> dict[str, Any]:
+        """The recipe's fields."""
+        fields: dict[str, Any] = {
+            **SETTINGS, "data": self.data, "method": self.mode.method,
+            "learning_rate": self.learning_rate, "seed": self.seed,
+        }  # fmt: skip
+        if self.mode.method == "lora":
+            fields |= {"r": self.mode.r, "target_modules": self.mode.targets}
+        if self.data != "bbc":  # which has a validation part of its own
+            fields["validation_fraction"] = 0.05
+        return fields | (
+            {"epochs": 1, "max_length_tokens": 16, "max_train_examples": 64} if self.shrunk else {}
+        )
+
+    def right(self) -> list[bool]:
+        """Whether each test article was classified rightly."""
+        with (self.folder / PREDICTIONS).open(newline="") as file:
+            return [row["label"] == row["prediction"] for row in csv.DictReader(file)]
+
+
+def run(quick: bool, data: str | None = None) -> dict[str, Any]:
+    """bbc, and AG News where `data` (a folder or a name of the hub) says where it is."""
+    ranks = (1, 8) if quick else (1, 2, 4, 8, 16, 32, 64)
+    sets = [_data_set("bbc", [Mode("lora", r, QUERY_VALUE) for r in ranks], quick)]
+    if data is not None:
+        modes = [Mode("lora", r, targets) for targets in (QUERY_VALUE, ALL_LINEAR) for r in (1, 8, 64)]
+        sets.append(_data_set(data, modes, quick))
+    return {
+        "settings": SETTINGS,
+        "candidate_rates": RATES,
+        "precision": sets[0].pop("precision"),
+        "sets": sets,
+    }
+
+
+def _data_set(data: str, lora: list[Mode], quick: bool) -> dict[str, Any]:
+    modes = [Mode("full"), Mode("head"), *lora]
+    tuned = list(dict.fromkeys(replace(mode, r=TUNED_RANK) if mode.r else mode for mode in modes))
+    candidates = [
+        Cell(data, mode, rate, 0, quick)
+        for mode in tuned
+        for rate in (RATES[mode.method][1:2] if quick else RATES[mode.method])
+    ]
+    with tqdm(total=len(candidates) + len(SEEDS) * len(modes), desc=Path(data).name, unit="run") as progress:
+
+        def finish(cell: Cell) -> dict[str, Any]:
+            progress.set_postfix_str(cell.folder.name)
+            summary = cell.finish()
+            progress.update()
+            return summary
+
+        tuning = [(cell, finish(cell)) for cell in candidates]
+        rates = {}
+        for mode in tuned:
+            tried = [
+                (summary["val_loss"], cell.learning_rate) for cell, summary in tuning if cell.mode == mode
+            ]
+            rates[mode] = min(tried)[1]
+        cells = {}
+        for mode in modes:
+            rate = rates[replace(mode, r=TUNED_RANK) if mode.r else mode]
+            cells[mode] = [Cell(data, mode, rate, seed, quick) for seed in SEEDS]
+        summaries = {mode: [finish(cell) for cell in row] for mode, row in cells.items()}
+    full = [cell.right() for cell in cells[Mode("full")]]
+    return {
+        "data": Path(data).name,
+        "precision": summaries[Mode("full")][0]["precision"],
+        "test_articles": len(full[0]),
+        "tuning": [
+            {"mode": str(cell.mode), "learning_rate": cell.learning_rate, "val_loss": summary["val_loss"],
+             "val_accuracy": summary["val_accuracy"], "chosen": cell.learning_rate == rates[cell.mode]}
+            for cell, summary in tuning
+        ],
+        "rows": [
+            _row(cells[mode], summaries[mode], full if mode.method != "full" else None) for mode in modes
+        ],
+    }  # fmt: skip
+
+
+def _row(cells: list[Cell], summaries: list[dict[str, Any]], full: list[list[bool]] | None) -> dict[str, Any]:
+    """A mode over the seeds; `full`: full fine-tuning's hits by seed, to pair with."""
+    accuracies = [summary["test_accuracy"] for summary in summaries]
+    mean, half_width = mean_and_interval(accuracies)
+    row = {
+        "name": str(cells[0].mode),
+        **asdict(cells[0].mode),
+        "learning_rate": cells[0].learning_rate,
+        "seeds": [cell.seed for cell in cells],
+        "trainable_parameters": summaries[0]["trainable_parameters"],
+        "lora_parameters": summaries[0]["lora_parameters"],
+        "test_accuracy": accuracies,
+        "mean": mean,
+        "half_width_95": half_width,
+        "val_accuracy": [summary["val_accuracy"] for summary in summaries],
+        "train_seconds": statistics.median(summary["train_seconds"] for summary in summaries),
+        "peak_memory_bytes": statistics.median(summary["peak_memory_bytes"] for summary in summaries),
+    }
+    if full is not None:
+        pairs = [mcnemar(cell.right(), hits) for cell, hits in zip(cells, full, strict=True)]
+        row["against_full"] = [{"only_this": a, "only_full": b, "p": p} for a, b, p in pairs]
+    return row
