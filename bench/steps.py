@@ -55,7 +55,7 @@ def contestant(
     """kind: "lora", "full" or "head", this project's; "peft", stock transformers under PEFT."""
     model: Any = load_base(model_name, num_labels=CLASSES)[0]
     if kind == "peft":
-        model = _with_peft(model)
+        model = with_peft(model)
     elif kind == "lora":
         inject(model, CONFIG)
     elif kind == "head":
@@ -72,7 +72,7 @@ def contestant(
     return Contestant(kind, model, optimizer, input_ids, labels, device, precision)
 
 
-def _with_peft(model: Any) -> Any:
+def with_peft(model: Any) -> Any:
     import peft
 
     config = peft.LoraConfig(

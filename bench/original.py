@@ -1,0 +1,141 @@
+"""An epoch as the original project runs it, and ours: the same rows, model, precision and batch.
+
+The original notebook pads every article to the longest of each 1,000 rows that it tokenises together,
+and trains with transformers' Trainer and PEFT, 16 rows a batch, 2 batches a step. Here each batch is
+padded to its own longest, and holds articles of like length.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tempfile
+import time
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from datasets import Dataset
+
+from bench.steps import with_peft
+from lora import inject
+from model import load_base, speed_up
+from train.batches import Encoded, encode
+from train.config import Recipe, load_recipe
+from train.data import load_news
+from train.hardware import resolve_device, resolve_precision
+from train.loop import Trainer
+
+MODEL = "random:roberta-base"
+
+
+def run(quick: bool, data: str | None = None) -> dict[str, Any]:
+    """512 rows of AG News, read from `data`, or of bbc without it; ours before and after, to show drift.
+
+    Raises SystemExit where PEFT or accelerate is missing: there is nothing to compare with.
+    """
+    for package in ("peft", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise SystemExit(f"original: {package} is not installed; `make bench-original` sets it up")
+    device = resolve_device("auto")
+    precision = resolve_precision("auto", device)
+    # The settings are the original's; the precision is what this machine has, for both.
+    recipe = load_recipe("roberta-base-original", {"epochs": 1, "precision": precision})[1]
+    tokenizer = load_base("minilm", num_labels=2)[1]  # random:roberta-base comes with none
+    rows, classes = _rows(data or "bbc", 32 if quick else 512)
+    encoded = encode(rows, tokenizer, recipe.max_length_tokens)
+    print("original: ours", file=sys.stderr)
+    first = _ours(recipe, encoded, classes, device, precision)
+    print("original: transformers' Trainer and PEFT", file=sys.stderr)
+    theirs = _original(recipe, rows, tokenizer, classes, device, precision)
+    print("original: ours again", file=sys.stderr)
+    again = _ours(recipe, encoded, classes, device, precision)
+    ours = {**first, "seconds": (first["seconds"] + again["seconds"]) / 2}
+    return {
+        "model": MODEL,
+        "data": "bbc" if data is None else "ag_news",
+        "rows": len(rows),
+        "precision": precision,
+        "seed": recipe.seed,
+        "tokens": int(encoded.lengths.sum()),
+        "original": theirs,
+        "ours": ours,
+        "ours_each_seconds": [first["seconds"], again["seconds"]],
+        "original_over_ours": theirs["seconds"] / ours["seconds"],
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """The two rows to read."""
+    lines = [
+        f"{result['rows']} rows of {result['data']}, {result['model']}, {result['precision']}:"
+        f" {result['tokens']:,} tokens",
+        f"{'':<34}{'seconds an epoch':>17}{'tokens computed':>17}{'padding':>9}",
+    ]
+    for name, key in (("transformers' Trainer and PEFT", "original"), ("here", "ours")):
+        row = result[key]
+        padding = 1 - result["tokens"] / row["computed_tokens"]
+        lines.append(f"{name:<34}{row['seconds']:>17.1f}{row['computed_tokens']:>17,}{padding:>9.1%}")
+    return "\n".join([*lines, f"{result['original_over_ours']:.2f} times as fast"])
+
+
+def _rows(data: str, count: int) -> tuple[Dataset, int]:
+    """The first rows of the training part after a shuffle by seed."""
+    news = load_news(data, validation_fraction=0.05, seed=0, max_train_examples=0)
+    return news.train.shuffle(seed=0).select(range(count)), len(news.labels)
+
+
+def _ours(
+    recipe: Recipe, encoded: Encoded, classes: int, device: torch.device, precision: str
+) -> dict[str, float]:
+    model, _ = load_base(MODEL, num_labels=classes)
+    inject(model, recipe.lora_config())
+    model.to(device)
+    speed_up(model, precision)
+    # Two rows of validation, for the loop ends an epoch with it.
+    few = Encoded(encoded.tokens, encoded.offsets[:3], encoded.labels[:2])
+    pad = model.config.pad_token_id
+    trainer = Trainer(model, recipe, encoded, few, pad, device, precision)
+    started = time.perf_counter()
+    for _ in trainer.epochs():
+        pass
+    return {"seconds": time.perf_counter() - started, "computed_tokens": trainer.state.padded_tokens}
+
+
+def _original(
+    recipe: Recipe, rows: Dataset, tokenizer: Any, classes: int, device: torch.device, precision: str
+) -> dict[str, float]:
+    import transformers
+
+    def tokenise(batch: dict[str, list[str]]) -> Any:
+        return tokenizer(batch["text"], truncation=True, max_length=recipe.max_length_tokens, padding=True)
+
+    datasets.utils.logging.disable_progress_bar()
+    padded = rows.map(tokenise, batched=True, batch_size=1000, load_from_cache_file=False)
+    padded = padded.select_columns(["input_ids", "attention_mask", "label"]).rename_column("label", "labels")
+    model = with_peft(load_base(MODEL, num_labels=classes)[0])
+    with tempfile.TemporaryDirectory() as folder:
+        settings = transformers.TrainingArguments(
+            output_dir=folder,
+            num_train_epochs=1,
+            per_device_train_batch_size=recipe.batch_size,
+            gradient_accumulation_steps=recipe.accumulation_steps,
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            warmup_steps=recipe.warmup_fraction,  # a share where it is below 1
+            label_smoothing_factor=recipe.label_smoothing,
+            lr_scheduler_type="cosine",
+            bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            use_cpu=device.type == "cpu",
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            logging_strategy="no",
+        )
+        trainer = transformers.Trainer(model=model, args=settings, train_dataset=padded)
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+    return {"seconds": seconds, "computed_tokens": int(np.sum([len(row) for row in padded["input_ids"]]))}
