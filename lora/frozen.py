@@ -45,6 +45,7 @@ class FrozenLinear(nn.Linear):
         dtype, device = self.compute_dtype, self.weight.device.type
         if (
             dtype is None
+            or torch.compiler.is_compiling()  # which sees no versions or addresses, and fuses its own casts
             or self.weight.requires_grad
             or (self.bias is not None and self.bias.requires_grad)
             or not torch.is_autocast_enabled(device)
