@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from bench import growth, inference, memory, merging, peers, throughput
+from bench.readme import RESULTS
 from train.hardware import device_name, resolve_device
 
 # Each has run(quick) -> dict and table(result) -> str; figures(result, folder) where it draws.
@@ -26,7 +27,6 @@ PARTS: dict[str, Any] = {
     "peers": peers,
 }
 ALL = ("throughput", "memory", "inference", "growth")  # what "all" runs: minutes, and no peer needed
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from bench import draw
 from bench.steps import CLASSES, CONFIG, in_turn, milliseconds, random_batch, ratio, time_in_turn, time_once
-from bench.tables import markdown, quantity
+from bench.tables import markdown, prose, quantity
 from lora import eject, inject, load_adapter, merge, save_adapter, unmerge
 from lora.tree import lora_layers
 from model import load_base, speed_up
@@ -88,9 +88,11 @@ def table(result: dict[str, Any]) -> str:
     ]
     return "\n\n".join(
         [
-            f"{result['model']}, r = 8 on query and value; {result['precision']}; {result['device']}."
-            f" Medians of {result['rounds']} interleaved rounds, in brackets the quartiles; times the base"
-            " model's.",
+            prose(
+                f"{result['model']}, r = 8 on query and value; {result['precision']}; {result['device']}."
+                f" Medians of {result['rounds']} interleaved rounds, in brackets the quartiles; then how many"
+                " times the base model's."
+            ),
             markdown([["forward", *heads], *states]),
             markdown([["a whole model's adapter", "ms", "quartiles"], *acts]),
         ]

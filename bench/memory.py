@@ -10,7 +10,7 @@ from typing import Any
 
 from bench import draw
 from bench.steps import MODES, QUICK_SHAPES, SHAPES
-from bench.tables import markdown, mebibytes
+from bench.tables import markdown, mebibytes, prose
 from train.hardware import resolve_device, resolve_precision
 
 COMPONENTS = {
@@ -49,10 +49,12 @@ def table(result: dict[str, Any]) -> str:
     """Rows by component, a column a model and mode, and what LoRA saves of full fine-tuning's."""
     return "\n\n".join(
         [
-            f"MiB; {result['precision']}; {result['device']}; each mode in a process of its own."
-            " Activations go while gradients come, so a step's peak lies between the larger of its two ends"
-            " and the sum of all; what is above that are temporary tensors and the allocator's slack."
-            f"{_note_on_peaks(result)}",
+            prose(
+                f"MiB; {result['precision']}; {result['device']}; each mode in a process of its own."
+                " Activations go while gradients come, so the two are never held whole at once. The measured"
+                " peak is above what is held at either end by temporary tensors, the libraries' own memory and"
+                f" freed memory that the allocator has not given back.{_note_on_peaks(result)}"
+            ),
             *(_model_table(rows) for rows in _by_model(result).values()),
         ]
     )
@@ -72,6 +74,7 @@ def _model_table(rows: dict[str, dict[str, Any]]) -> str:
             line("held when forward ends", lambda row: row["after_forward_bytes"]),
             line("held when backward ends", lambda row: row["after_backward_bytes"]),
             line("measured peak of the steps", lambda row: row["peak_above_bare_bytes"]),
+            line("- above what is held", _above_held),
             line("the process without a model, not counted above", lambda row: row["bare_bytes"]),
         ]
     )
@@ -97,6 +100,11 @@ def figures(result: dict[str, Any], folder: Path) -> None:
         axis.set(ylabel="MiB", title=f"{name}, {row['rows']} x {row['length']} tokens")
     axes[0][-1].legend(frameon=False, fontsize=8)
     draw.save(figure, folder / "memory.png")
+
+
+def _above_held(row: dict[str, Any]) -> int:
+    held = max(row["after_forward_bytes"], row["after_backward_bytes"])
+    return int(row["peak_above_bare_bytes"] - held)
 
 
 def _in_a_process(*arguments: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 
@@ -19,6 +20,11 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
 
 
+def prose(text: str) -> str:
+    """A paragraph in lines that fit."""
+    return textwrap.fill(text, 105, break_long_words=False, break_on_hyphens=False)
+
+
 def quantity(value: float) -> str:
     """Three digits that matter: 1,234 · 123 · 12.3 · 1.23."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
@@ -31,4 +37,5 @@ def size(count: float) -> str:
 
 def mebibytes(count: float) -> str:
     """Bytes in MiB."""
-    return f"{count / 2**20:,.0f}" if count >= 10 * 2**20 or not count else f"{count / 2**20:.1f}"
+    text = f"{count / 2**20:,.0f}" if abs(count) >= 10 * 2**20 else f"{count / 2**20:.1f}"
+    return "0" if text in ("0.0", "-0.0") else text

@@ -28,7 +28,7 @@ from bench.steps import (
     ratio,
     time_once,
 )
-from bench.tables import markdown, quantity, size
+from bench.tables import markdown, prose, quantity, size
 from lora import count_parameters
 from model import HEAD
 from train.config import Recipe
@@ -40,7 +40,7 @@ def run(quick: bool) -> dict[str, Any]:
     """A row a model: parameters, bytes on disk, and the seconds of a step by phase, for each mode."""
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)
-    rounds = 3 if quick else 11
+    rounds = 3 if quick else 13
     rows = []
     for model_name, batch, length in QUICK_SHAPES if quick else SHAPES:
         print(f"throughput: {model_name} {batch}x{length} {precision}", file=sys.stderr)
@@ -94,8 +94,10 @@ def table(result: dict[str, Any]) -> str:
     )
     return "\n\n".join(
         [
-            f"{shapes}; LoRA r = 8 on query and value; {result['precision']}; {result['device']}."
-            f" Medians of {result['rounds']} interleaved rounds, in brackets the quartiles.",
+            prose(
+                f"{shapes}; LoRA r = 8 on query and value; {result['precision']}; {result['device']}."
+                f" Medians of {result['rounds']} interleaved rounds, in brackets the quartiles."
+            ),
             markdown(
                 [
                     ["", *(f"{_short(row['model'])}, {MODES[kind]}" for row, kind in columns)],
@@ -115,6 +117,7 @@ def table(result: dict[str, Any]) -> str:
                     line("step over its products", lambda cell: f"{cell['step_over_products']:.2f}"),
                 ]
             ),
+            *(prose(_why(row)) for row in result["models"]),
         ]
     )
 
@@ -161,6 +164,14 @@ def _parameters(entrant: Contestant, model_name: str) -> dict[str, Any]:
         "trainable_share": round(ledger.trainable / ledger.total, 6),
         "checkpoint_bytes": checkpoint_bytes,
     }
+
+
+def _why(row: dict[str, Any]) -> str:
+    """Which phases LoRA's saving comes from."""
+    full, lora = (row["modes"][kind]["milliseconds"] for kind in ("full", "lora"))
+    saved = {phase: full[phase]["median"] - lora[phase]["median"] for phase in PHASES}
+    parts = [f"{ms:+,.0f} ms in {phase}" for phase, ms in saved.items()]
+    return f"What LoRA saves a step of {_short(row['model'])}: {', '.join(parts)}."
 
 
 def _short(model_name: str) -> str:
