@@ -11,7 +11,7 @@ ARGS ?=
 NPROC ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long soak test-peers bench-merging bench-peers lint format clean
+.PHONY: help setup train test test-long soak test-peers bench bench-merging bench-peers lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -35,6 +35,10 @@ soak: $(VENV)/.dev  ## kill runs at 50 random moments and compare what resumes, 
 
 test-peers: $(PEERS)/.run  ## the tests against PEFT, in an environment of its own
 	$(PEERS)/bin/python -m pytest tests/test_peft.py $(ARGS)
+
+bench: $(VENV)/.run  ## what LoRA costs and saves against full fine-tuning; minutes on two cores, no hub
+	$(RUN) -m bench --save $(ARGS)
+	$(RUN) -m bench.readme
 
 bench-merging: $(PEERS)/.run  ## what merging rounds and how weights drift, beside PEFT
 	$(PEERS)/bin/python -m bench merging --save $(ARGS)

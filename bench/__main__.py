@@ -6,39 +6,89 @@ import argparse
 import json
 import platform
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import merging, peers
+from bench import accuracy, growth, inference, memory, merging, original, peers, throughput
+from bench.readme import RESULTS
 from train.hardware import device_name, resolve_device
 
-PARTS = {"merging": merging, "peers": peers}
-RESULTS = Path(__file__).parent / "results"
+# Each has run(quick) -> dict and table(result) -> str; figures(result, folder) where it draws.
+PARTS: dict[str, Any] = {
+    "throughput": throughput,
+    "memory": memory,
+    "inference": inference,
+    "growth": growth,
+    "merging": merging,
+    "peers": peers,
+    "original": original,
+    "accuracy": accuracy,
+}
+WITH_DATA = ("original", "accuracy")  # whose run takes AG News as well
+ALL = ("throughput", "memory", "inference", "growth")  # what "all" runs: minutes, and no peer needed
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one part, prints its table and its JSON, and keeps the JSON in bench/results."""
+    """Runs one part or all, prints tables and then JSON; --save keeps JSON and figures in bench/results."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
-    parser.add_argument("part", choices=sorted(PARTS))
+    parser.add_argument(
+        "part", nargs="?", default="all", choices=["all", *PARTS], help="all: " + ", ".join(ALL)
+    )
     parser.add_argument("--quick", action="store_true", help="less of everything: to see that it runs")
-    parser.add_argument("--save", action="store_true", help="keep the JSON in bench/results/PART.json")
+    parser.add_argument(
+        "--save", action="store_true", help="keep JSON and figures; those of a quick run are not"
+    )
+    parser.add_argument(
+        "--data", metavar="D", help="AG News for original and accuracy: a folder of CSVs, or a hub's data set"
+    )
     options = parser.parse_args(arguments)
-    part = PARTS[options.part]
-    result = {"part": options.part, "quick": options.quick, **_surroundings(), **part.run(options.quick)}
-    print(part.table(result))
-    if options.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{options.part}.json").write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    if options.data is not None and options.part not in WITH_DATA:
+        parser.error(f"--data goes with {' and '.join(WITH_DATA)}, not with {options.part}")
+    if options.data is not None and Path(options.data).is_dir():
+        options.data = str(Path(options.data).resolve())
+    names = ALL if options.part == "all" else (options.part,)
+    results = {}
+    for number, name in enumerate(names, 1):
+        print(f"part {number} of {len(names)}: {name}", file=sys.stderr)
+        started = time.perf_counter()
+        part = PARTS[name]
+        result = {"part": name, "quick": options.quick, **_surroundings(), **_run(part, options)}
+        print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        print(f"{name}\n\n{part.table(result)}\n" if len(names) > 1 else part.table(result))
+        if options.save and options.quick:
+            print(f"{name}: a quick run is not kept", file=sys.stderr)
+        elif options.save:
+            _save(part, result, results_folder(resolve_device("auto")))
+        results[name] = result
+    whole = {"part": "all", **results} if options.part == "all" else results[options.part]
+    print(json.dumps(whole))
     return 0
+
+
+def _run(part: Any, options: argparse.Namespace) -> dict[str, Any]:
+    found = part.run(options.quick, options.data) if options.part in WITH_DATA else part.run(options.quick)
+    return dict(found)
+
+
+def results_folder(device: torch.device) -> Path:
+    """Where results of this kind of device lie: bench/results for the CPU, bench/results/cuda for CUDA."""
+    return RESULTS if device.type == "cpu" else RESULTS / device.type
+
+
+def _save(part: Any, result: dict[str, Any], folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{result['part']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    if hasattr(part, "figures"):
+        part.figures(result, folder)
 
 
 def _surroundings() -> dict[str, Any]:
     versions = {}
-    for package in ("torch", "transformers", "peft"):
+    for package in ("torch", "transformers", "peft", "loralib"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

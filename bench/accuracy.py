@@ -19,7 +19,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bench import draw
 from bench.significance import mcnemar, mean_and_interval
+from bench.tables import markdown, mebibytes, prose
 from train.job import PREDICTIONS
 from train.runs import CONFIG, SUMMARY
 
@@ -122,6 +124,105 @@ def run(quick: bool, data: str | None = None) -> dict[str, Any]:
         "precision": sets[0].pop("precision"),
         "sets": sets,
     }
+
+
+def table(result: dict[str, Any]) -> str:
+    """A table a data set, and what it shows in words."""
+    return "\n\n".join(part for found in result["sets"] for part in _set_table(found, result))
+
+
+def _set_table(found: dict[str, Any], result: dict[str, Any]) -> list[str]:
+    heads = [
+        "",
+        "trained parameters",
+        "rate",
+        "test accuracy, %",
+        "p against full, by seed",
+        "minutes",
+        "peak, MiB",
+    ]
+    lines = [heads]
+    for row in found["rows"]:
+        tests = ", ".join(f"{pair['p']:.2f}" for pair in row.get("against_full", []))
+        lines.append(
+            [
+                row["name"],
+                f"{row['trainable_parameters']:,}",
+                f"{row['learning_rate']:g}",
+                f"{100 * row['mean']:.2f} ± {100 * row['half_width_95']:.2f}",
+                tests or "-",
+                f"{row['train_seconds'] / 60:.1f}",
+                mebibytes(row["peak_memory_bytes"]),
+            ]
+        )
+    settings = result["settings"]
+    words = (
+        f"{found['data']}: {found['test_articles']:,} test articles; {settings['model']}, {settings['epochs']}"
+        f" epochs, {result['precision']}, {result['device']}. Mean of {len(SEEDS)} seeds with its 95% interval"
+        " (Student's t); McNemar's exact test on the same articles, a p a seed."
+    )
+    return [prose(words), markdown(lines), prose(_verdict(found))]
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    """What the rows show: each mode's mean against full fine-tuning's, in words that follow from them."""
+    full, *others = found["rows"]
+    worse = [
+        row
+        for row in others
+        if sum(p["p"] < 0.05 and p["only_full"] > p["only_this"] for p in row["against_full"]) > 1
+    ]
+    better = [
+        row
+        for row in others
+        if sum(p["p"] < 0.05 and p["only_full"] < p["only_this"] for p in row["against_full"]) > 1
+    ]
+    lora = [row for row in others if row["method"] == "lora"]
+    best, least = max(lora, key=lambda row: row["mean"]), min(lora, key=lambda row: row["mean"])
+    gaps = [f"{row['name']} {100 * (row['mean'] - full['mean']):+.2f}" for row in (best, least, others[0])]
+    text = (
+        f"Against full fine-tuning's mean, in points: the best LoRA, {gaps[0]}; the least, {gaps[1]};"
+        f" {gaps[2]}."
+    )
+    for rows, word in ((worse, "worse"), (better, "better")):
+        if rows:
+            text += f" By McNemar's test at 5%, on two seeds or more, {word}: {'; '.join(r['name'] for r in rows)}."
+    if not worse and not better:
+        text += " By McNemar's test at 5% no mode differs from it on two seeds or more."
+    return text
+
+
+def figures(result: dict[str, Any], folder: Path) -> None:
+    """accuracy.png: accuracy against trained parameters, a panel a data set."""
+    figure, axes = draw.panels(1, len(result["sets"]), 5.2, 3.6)
+    for axis, found in zip(axes[0], result["sets"], strict=True):
+        styles = {"full": (draw.BLUE, "s", "full fine-tuning"), "head": (draw.GREY, "^", "head only")}
+        for method, (color, marker, label) in styles.items():
+            (row,) = (row for row in found["rows"] if row["method"] == method)
+            _points(axis, [row], color=color, marker=marker, label=label)
+        for targets, color in ((QUERY_VALUE, draw.ORANGE), (ALL_LINEAR, draw.GREEN)):
+            rows = [row for row in found["rows"] if tuple(row["targets"]) == targets]
+            if rows:
+                where = "query, value" if targets == QUERY_VALUE else "all linear layers"
+                _points(axis, rows, color=color, marker="o", label=f"LoRA on {where}, by rank")
+                for row in rows:
+                    at = (row["trainable_parameters"], 100 * row["mean"])
+                    axis.annotate(
+                        str(row["r"]), at, (0, 7), textcoords="offset points", fontsize=7, ha="center"
+                    )
+        axis.set_xscale("log")
+        axis.set(xlabel="trained parameters", ylabel="test accuracy, %", title=found["data"])
+        axis.legend(frameon=False, fontsize=8)
+    draw.save(figure, folder / "accuracy.png")
+
+
+def _points(axis: Any, rows: list[dict[str, Any]], **style: Any) -> None:
+    axis.errorbar(
+        [row["trainable_parameters"] for row in rows],
+        [100 * row["mean"] for row in rows],
+        yerr=[100 * row["half_width_95"] for row in rows],
+        capsize=3, linewidth=1, **style,
+    )  # fmt: skip
 
 
 def _data_set(data: str, lora: list[Mode], quick: bool) -> dict[str, Any]:

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from bench.steps import with_peft
+from bench.rivals import with_peft
+from bench.steps import CONFIG
+from bench.tables import markdown, prose
 from lora import inject
 from model import load_base, speed_up
 from train.batches import Encoded, encode
@@ -68,16 +70,17 @@ def run(quick: bool, data: str | None = None) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """The two rows to read."""
-    lines = [
-        f"{result['rows']} rows of {result['data']}, {result['model']}, {result['precision']}:"
-        f" {result['tokens']:,} tokens",
-        f"{'':<34}{'seconds an epoch':>17}{'tokens computed':>17}{'padding':>9}",
-    ]
-    for name, key in (("transformers' Trainer and PEFT", "original"), ("here", "ours")):
+    lines = [["", "seconds an epoch", "tokens computed", "of them padding"]]
+    for name, key in (("the original: transformers' Trainer, PEFT", "original"), ("here", "ours")):
         row = result[key]
         padding = 1 - result["tokens"] / row["computed_tokens"]
-        lines.append(f"{name:<34}{row['seconds']:>17.1f}{row['computed_tokens']:>17,}{padding:>9.1%}")
-    return "\n".join([*lines, f"{result['original_over_ours']:.2f} times as fast"])
+        lines.append([name, f"{row['seconds']:.1f}", f"{row['computed_tokens']:,}", f"{padding:.1%}"])
+    words = (
+        f"{result['rows']} articles of {result['data']}, {result['tokens']:,} tokens; {result['model']},"
+        f" {result['precision']}; {result['device']}. An epoch here is"
+        f" {result['original_over_ours']:.1f} times as fast."
+    )
+    return "\n\n".join([prose(words), markdown(lines)])
 
 
 def _rows(data: str, count: int) -> tuple[Dataset, int]:
@@ -114,7 +117,7 @@ def _original(
     datasets.utils.logging.disable_progress_bar()
     padded = rows.map(tokenise, batched=True, batch_size=1000, load_from_cache_file=False)
     padded = padded.select_columns(["input_ids", "attention_mask", "label"]).rename_column("label", "labels")
-    model = with_peft(load_base(MODEL, num_labels=classes)[0])
+    model = with_peft(load_base(MODEL, num_labels=classes)[0], CONFIG)
     with tempfile.TemporaryDirectory() as folder:
         settings = transformers.TrainingArguments(
             output_dir=folder,

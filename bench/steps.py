@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from tqdm import tqdm
 
+from bench.rivals import RIVALS
 from lora import LoraConfig, inject
 from lora.frozen import FrozenLinear
 from lora.parameters import train_only
@@ -22,6 +27,14 @@ CONFIG = LoraConfig(
     r=8, lora_alpha=16, lora_dropout=0.1, target_modules=("query", "value"), modules_to_save=HEAD
 )
 CLASSES = 4
+MODES = {"full": "full fine-tuning", "lora": "LoRA", "head": "head only"}
+PHASES = ("forward", "backward", "optimizer")
+SHAPES = (("random:roberta-base", 16, 64), ("minilm", 32, 56))  # model, rows, tokens a row
+QUICK_SHAPES = (("random:minilm", 2, 16),)
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+Name = TypeVar("Name", bound=Hashable)
+T = TypeVar("T")
 
 
 @dataclass
@@ -31,76 +44,138 @@ class Contestant:
     name: str
     model: Any  # a transformers model, bare or inside PEFT's wrappers
     optimizer: torch.optim.Optimizer
-    input_ids: torch.Tensor
-    labels: torch.Tensor
+    input_ids: Tensor
+    labels: Tensor
     device: torch.device
     precision: str
 
-    def forward(self) -> torch.Tensor:
+    def forward(self) -> Tensor:
         """The loss."""
         mask = torch.ones_like(self.input_ids)
         with autocast(self.device, self.precision):
             logits = self.model(input_ids=self.input_ids, attention_mask=mask).logits
         return F.cross_entropy(logits.float(), self.labels)
 
-    def step(self) -> None:
-        self.forward().backward()  # type: ignore[no-untyped-call]
+    def step(self) -> list[float]:
+        """One step of training; the seconds of its PHASES."""
+        watch = Stopwatch(self.device)
+        loss = self.forward()
+        watch.mark()
+        loss.backward()  # type: ignore[no-untyped-call]
+        watch.mark()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        watch.mark()
+        return watch.seconds()
 
 
 def contestant(
-    kind: str, model_name: str, rows: int, length: int, precision: str, device: torch.device
+    kind: str,
+    model_name: str,
+    rows: int,
+    length: int,
+    precision: str,
+    device: torch.device,
+    config: LoraConfig = CONFIG,
 ) -> Contestant:
-    """kind: "lora", "full" or "head", this project's; "peft", stock transformers under PEFT."""
+    """kind: "lora", "full" or "head", this project's; "peft" or "loralib", stock transformers under them.
+
+    Ours get everything that makes them faster and applies to them: `speed_up`, and the fused AdamW.
+    """
     model: Any = load_base(model_name, num_labels=CLASSES)[0]
-    if kind == "peft":
-        model = with_peft(model)
+    if kind in RIVALS:
+        model = RIVALS[kind](model, config)
     elif kind == "lora":
-        inject(model, CONFIG)
+        inject(model, config)
     elif kind == "head":
         train_only(model, HEAD)
     model.to(device)
-    if kind != "peft":
+    if kind not in RIVALS:
         speed_up(model, precision)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    generator = torch.Generator().manual_seed(0)
-    input_ids = torch.randint(1000, 20000, (rows, length), generator=generator).to(device)
-    labels = torch.randint(0, CLASSES, (rows,), generator=generator).to(device)
+    input_ids, labels = random_batch(rows, length, device)
     return Contestant(kind, model, optimizer, input_ids, labels, device, precision)
 
 
-def with_peft(model: Any) -> Any:
-    import peft
+def random_batch(rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (rows, length) and labels (rows,), always the same ones."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(1000, 20000, (rows, length), generator=generator)
+    labels = torch.randint(0, CLASSES, (rows,), generator=generator)
+    return input_ids.to(device), labels.to(device)
 
-    config = peft.LoraConfig(
-        task_type="SEQ_CLS", r=CONFIG.r, lora_alpha=CONFIG.lora_alpha, lora_dropout=CONFIG.lora_dropout,
-        target_modules=list(CONFIG.target_modules),
-    )  # fmt: skip
-    return peft.get_peft_model(model, config)
+
+class Stopwatch:
+    """The seconds between marked moments, the first being its making.
+
+    On CUDA the moments are events in the device's own queue, so that marking one waits for nothing.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._moments: list[Any] = []
+        synchronise(device)
+        self.mark()
+
+    def mark(self) -> None:
+        if self._device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._moments.append(event)
+        else:
+            self._moments.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        """A number for each mark: the time since the one before. Waits for the device."""
+        synchronise(self._device)
+        pairs = itertools.pairwise(self._moments)
+        if self._device.type == "cuda":
+            return [before.elapsed_time(after) / 1e3 for before, after in pairs]
+        return [after - before for before, after in pairs]
+
+
+def in_turn(tasks: dict[Name, Callable[[], T]], rounds: int, warm_up: int = 2) -> dict[Name, list[T]]:
+    """What each task gives in each round; the rounds go A B C A B C, so that drift meets all alike."""
+    results: dict[Name, list[T]] = {name: [] for name in tasks}
+    for round_number in tqdm(range(-warm_up, rounds), unit=" rounds", leave=False, disable=None):
+        for name, task in tasks.items():
+            result = task()
+            if round_number >= 0:
+                results[name].append(result)
+    return results
 
 
 def time_in_turn(
     tasks: dict[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each task in each round; the rounds go A B C A B C, so that drift meets all alike."""
-    seconds: dict[str, list[float]] = {name: [] for name in tasks}
-    for round_number in range(-warm_up, rounds):
-        for name, task in tasks.items():
-            _synchronise(device)
-            started = time.perf_counter()
-            task()
-            _synchronise(device)
-            if round_number >= 0:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
+    """Seconds of each task in each round, the rounds as in `in_turn`."""
+    return in_turn({name: partial(time_once, task, device) for name, task in tasks.items()}, rounds, warm_up)
+
+
+def time_once(task: Callable[[], object], device: torch.device) -> float:
+    """The task's seconds."""
+    watch = Stopwatch(device)
+    task()
+    watch.mark()
+    return watch.seconds()[0]
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """The ratio of the medians."""
+    """The ratio of the medians.
+
+    Over rounds drawn anew from a run's own, it varied as little as the median of the rounds' ratios did,
+    and a reader can recompute it from the medians beside it.
+    """
     return statistics.median(numerator) / statistics.median(denominator)
+
+
+def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
+    """The median with its spread, the first and third quartile, and the least; from seconds."""
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    found = {"median": middle, "low": low, "high": high, "least": min(seconds)}
+    return {name: round(1e3 * value, 3) for name, value in found.items()}
 
 
 def memory_bytes(entrant: Contestant) -> dict[str, int]:
@@ -114,16 +189,16 @@ def memory_bytes(entrant: Contestant) -> dict[str, int]:
     known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     copies = {}
     for module in entrant.model.modules():
-        if isinstance(module, FrozenLinear) and module._copies is not None:
-            for tensor in module._copies[1:]:
-                if tensor is not None:
-                    copies[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if isinstance(module, FrozenLinear):
+            for tensor in module.copies:
+                copies[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     shapes = {tuple(parameter.shape) for parameter in parameters if parameter.ndim == 2}
     shapes |= {shape[::-1] for shape in shapes}
-    saved: dict[int, tuple[int, torch.Tensor]] = {}
-    casts: dict[int, tuple[int, torch.Tensor]] = {}
+    saved: dict[int, tuple[int, Tensor]] = {}
+    casts: dict[int, tuple[int, Tensor]] = {}
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    def note(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()  # itself would hold the graph, which holds this function: never freed
         storage = tensor.untyped_storage()
         place = storage.data_ptr()
         if place not in known and place not in copies:
@@ -150,52 +225,57 @@ def memory_bytes(entrant: Contestant) -> dict[str, int]:
     }
 
 
+class Products:
+    """A step's own matrix products and nothing else; calling it computes them once. flops: of one call."""
+
+    def __init__(self, factors: list[tuple[Tensor, Tensor]]):
+        self._factors = factors
+        # (…, n, k) times (…, k, m): n·k·m multiplications and as many additions
+        self.flops = sum(2 * a.numel() * b.shape[-1] for a, b in factors)
+
+    def __call__(self) -> None:
+        for a, b in self._factors:
+            a @ b
+
+
 def matrix_products(
-    model: Any, rows: int, length: int, dtype: torch.dtype, device: torch.device
-) -> Callable[[], None]:
-    """A LoRA step's own matrix products and nothing else: forward, and backward to the input.
+    model: Any, rows: int, length: int, dtype: torch.dtype, device: torch.device, kind: str = "lora"
+) -> Products:
+    """The encoder's products in one step: forward; for LoRA and full fine-tuning backward to the input;
+    for full fine-tuning backward to the weights. LoRA's own thin products are left out.
 
     Four of a layer's width, two of the feed-forward, two products of attention forward and four
-    backward. The first layer's three projections need no gradient of their input.
+    backward. With frozen weights the first layer's three projections need no gradient of their input.
     """
     config = model.config
     width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     tokens = rows * length
-    x, y = (
-        torch.randn(tokens, width, dtype=dtype, device=device),
-        torch.randn(tokens, inner, dtype=dtype, device=device),
-    )
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype, device=device)
+
+    x, y = random(tokens, width), random(tokens, inner)
+    q, p = random(rows * heads, length, width // heads), random(rows * heads, length, length)
+    attention = [(q, q.transpose(1, 2)), (p, q)]
     layers = [
-        (
-            [torch.randn(width, width, dtype=dtype, device=device) for _ in range(4)],
-            torch.randn(inner, width, dtype=dtype, device=device),
-            torch.randn(width, inner, dtype=dtype, device=device),
-        )
+        ([random(width, width) for _ in range(4)], random(inner, width), random(width, inner))
         for _ in range(config.num_hidden_layers)
     ]
-    q = torch.randn(rows * heads, length, width // heads, dtype=dtype, device=device)
-    p = torch.randn(rows * heads, length, length, dtype=dtype, device=device)
-
-    def run() -> None:
-        for squares, up, down in layers:
-            for weight in squares:
-                F.linear(x, weight)
-            F.linear(x, up)
-            F.linear(y, down)
-            torch.bmm(q, q.transpose(1, 2))
-            torch.bmm(p, q)
+    factors: list[tuple[Tensor, Tensor]] = []
+    for squares, up, down in layers:
+        factors += [(x, weight.t()) for weight in squares]
+        factors += [(x, up.t()), (y, down.t()), *attention]
+    if kind != "head":
         for number, (squares, up, down) in enumerate(layers):
-            for weight in squares if number else squares[:1]:
-                x @ weight
-            y @ up
-            x @ down
-            for _ in range(2):
-                torch.bmm(q, q.transpose(1, 2))
-                torch.bmm(p, q)
-
-    return run
+            needed = squares if number or kind == "full" else squares[:1]
+            factors += [(x, weight) for weight in needed]
+            factors += [(y, up), (x, down), *attention, *attention]
+    if kind == "full":
+        factors += [(x.t(), x)] * 4 * len(layers)
+        factors += [(y.t(), x), (x.t(), y)] * len(layers)
+    return Products(factors)
 
 
-def _synchronise(device: torch.device) -> None:
+def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

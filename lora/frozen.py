@@ -58,10 +58,14 @@ class FrozenLinear(nn.Linear):
             self._copies = (key, self.weight.detach().to(dtype), bias)
         return self._copies[1], self._copies[2]
 
+    @property
+    def copies(self) -> tuple[Tensor, ...]:
+        """The copies that there are at present: of the weight and, where there is one, the bias."""
+        return tuple(copy for copy in self._copies[1:] if copy is not None) if self._copies else ()
+
     def copy_bytes(self) -> int:
         """What the copies take in memory at present."""
-        copies = self._copies[1:] if self._copies else ()
-        return sum(copy.nbytes for copy in copies if copy is not None)
+        return sum(copy.nbytes for copy in self.copies)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_copies": None}  # a deep copy or a pickle makes its own

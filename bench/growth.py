@@ -1,0 +1,214 @@
+"""How a step's cost grows with rank, batch and length, and where LoRA stops paying."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench import draw
+from bench.steps import (
+    CONFIG,
+    Contestant,
+    contestant,
+    in_turn,
+    memory_bytes,
+    milliseconds,
+    random_batch,
+    ratio,
+)
+from bench.tables import markdown, mebibytes, prose, quantity
+from lora import LoraConfig, count_parameters
+from model import HEAD
+from train.hardware import resolve_device, resolve_precision
+
+TARGETS = {"query, value": ("query", "value"), "all linear": ("query", "key", "value", "dense")}
+
+
+@dataclass(frozen=True)
+class Range:
+    """What varies. A batch of 32 rows or a length of 56 tokens where it does not; lengths at 4 rows."""
+
+    ranks: tuple[int, ...] = (1, 8, 32, 64, 128, 256)
+    batches: tuple[tuple[int, int], ...] = ((1, 56), (4, 56), (16, 56), (64, 56))  # rows, tokens a row
+    lengths: tuple[tuple[int, int], ...] = ((4, 32), (4, 64), (4, 128), (4, 256), (4, 512))
+    shape: tuple[int, int] = (32, 56)  # for the ranks
+    rounds: int = 9
+    warm_up: int = 4  # the first steps of a new shape allocate: full fine-tuning's took twice as long
+
+
+QUICK = Range((1, 64), ((1, 16),), ((2, 16), (2, 32)), (2, 16), rounds=2, warm_up=1)
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """A point for each contestant of each comparison: its step, its memory, and both over full's.
+
+    The points of one comparison ("group") were timed in the same interleaved rounds.
+    """
+    device = resolve_device("auto")
+    precision = resolve_precision("auto", device)
+    over, model_name = (QUICK, "random:minilm") if quick else (Range(), "minilm")
+    make = partial(contestant, model_name=model_name, precision=precision, device=device)
+    points: list[dict[str, Any]] = []
+
+    rows, length = over.shape
+    print(f"growth: {model_name} {rows}x{length} {precision}, rank", file=sys.stderr)
+    full = make("full", rows=rows, length=length)
+    entrants = {("full", "", 0): full, ("head", "", 0): make("head", rows=rows, length=length)}
+    for name, targets in TARGETS.items():
+        for r in over.ranks:
+            config = LoraConfig(
+                r=r, lora_alpha=2 * r, lora_dropout=CONFIG.lora_dropout, target_modules=targets,
+                modules_to_save=HEAD,
+            )  # fmt: skip
+            entrants["lora", name, r] = make("lora", rows=rows, length=length, config=config)
+    points += _compare("rank", entrants, over)
+
+    default = make("lora", rows=rows, length=length)
+    for sweep, shapes in (("batch", over.batches), ("length", over.lengths)):
+        for shape in shapes:
+            print(f"growth: {model_name} {shape[0]}x{shape[1]} {precision}, {sweep}", file=sys.stderr)
+            input_ids, labels = random_batch(*shape, device)
+            pair = {
+                key: replace(entrant, input_ids=input_ids, labels=labels)
+                for key, entrant in {
+                    ("full", "", 0): full,
+                    ("lora", "query, value", CONFIG.r): default,
+                }.items()
+            }
+            points += _compare(sweep, pair, over)
+    return {
+        "seed": 0, "precision": precision, "rounds": over.rounds, "model": model_name, "points": points,
+        "lora_stops_paying": {
+            f"{sweep}, {targets}": _crossing(points, sweep, targets)
+            for sweep, targets in (*(("rank", name) for name in TARGETS), ("batch", "query, value"),
+                                   ("length", "query, value"))
+        },
+    }  # fmt: skip
+
+
+def table(result: dict[str, Any]) -> str:
+    """A table by rank, one by batch and length, and where LoRA's step is no longer the faster one."""
+    points = result["points"]
+    ranks = sorted({point["r"] for point in points if point["sweep"] == "rank" and point["mode"] == "lora"})
+    shape = next((point["rows"], point["length"]) for point in points if point["sweep"] == "rank")
+    by_rank = [["trained", "parameters", "step, ms", "over full's", "memory held, MiB", "over full's"]]
+    for point in points:
+        if point["sweep"] == "rank":
+            by_rank.append([_name(point), f"{point['trainable']:,}", *_cost(point)])
+    by_shape = [["rows x tokens", "full, ms", "LoRA, ms", "over full's", "LoRA holds, MiB", "over full's"]]
+    for full, lora in _pairs(points):
+        name = f"{full['rows']} x {full['length']}"
+        by_shape.append([name, quantity(full["milliseconds"]["median"]), *_cost(lora)])
+    return "\n\n".join(
+        [
+            prose(
+                f"{result['model']}, {result['precision']}; {result['device']}. Medians of {result['rounds']}"
+                f" interleaved rounds. Rank {ranks[0]} to {ranks[-1]} at {shape[0]} x {shape[1]} tokens;"
+                " memory held is weights, copies, gradients, optimizer state and saved activations."
+            ),
+            markdown(by_rank),
+            "LoRA with r = 8 on query and value, by batch and by length:",
+            markdown(by_shape),
+            "\n".join(f"- {_verdict(key, at)}" for key, at in result["lora_stops_paying"].items()),
+        ]
+    )
+
+
+def figures(result: dict[str, Any], folder: Path) -> None:
+    """growth.png: a step's time above, the memory it holds below; by rank, batch and length."""
+    figure, axes = draw.panels(2, 3, 4, 2.9)
+    for line, (label, value) in zip(axes, (("ms a step", _ms), ("MiB held", _mib)), strict=True):
+        _draw_ranks(line[0], result["points"], value)
+        for axis, sweep, field in ((line[1], "batch", "rows"), (line[2], "length", "length")):
+            for mode, color in (("full", draw.BLUE), ("lora", draw.ORANGE)):
+                points = [p for p in result["points"] if p["sweep"] == sweep and p["mode"] == mode]
+                name = "full fine-tuning" if mode == "full" else "LoRA, r = 8, query, value"
+                x = [point[field] for point in points]
+                axis.plot(x, [value(point) for point in points], marker="o", color=color, label=name)
+        for axis, words in zip(line, ("rank", "rows of a batch", "tokens of a row"), strict=True):
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:.0f}")
+            axis.set(xlabel=words, ylabel=label, ylim=(0, None))
+            axis.legend(frameon=False, fontsize=7)
+    draw.save(figure, folder / "growth.png")
+
+
+def _ms(point: dict[str, Any]) -> float:
+    return float(point["milliseconds"]["median"])
+
+
+def _mib(point: dict[str, Any]) -> float:
+    return float(point["held_bytes"]) / 2**20
+
+
+def _draw_ranks(axis: Any, points: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> None:
+    points = [point for point in points if point["sweep"] == "rank"]
+    for name, color in zip(TARGETS, (draw.ORANGE, draw.RED), strict=True):
+        curve = [point for point in points if point["targets"] == name]
+        x = [point["r"] for point in curve]
+        axis.plot(x, [value(p) for p in curve], marker="o", color=color, label=f"LoRA, {name}")
+    for mode, color, name in (("full", draw.BLUE, "full fine-tuning"), ("head", draw.GREY, "head only")):
+        level = next(value(point) for point in points if point["mode"] == mode)
+        axis.axhline(level, color=color, linestyle="--", label=name)
+
+
+def _compare(
+    sweep: str, entrants: dict[tuple[str, str, int], Contestant], over: Range
+) -> list[dict[str, Any]]:
+    laps = in_turn({key: entrant.step for key, entrant in entrants.items()}, over.rounds, over.warm_up)
+    seconds = {key: [sum(lap) for lap in laps[key]] for key in entrants}
+    held = {key: sum(memory_bytes(entrant).values()) for key, entrant in entrants.items()}
+    full = ("full", "", 0)
+    return [
+        {
+            "sweep": sweep, "mode": key[0], "targets": key[1], "r": key[2],
+            "rows": len(entrant.input_ids), "length": entrant.input_ids.shape[1],
+            "trainable": count_parameters(entrant.model, HEAD).trainable,
+            "milliseconds": milliseconds(seconds[key]),
+            "step_over_full": round(ratio(seconds[key], seconds[full]), 3),
+            "held_bytes": held[key],
+            "held_over_full": round(held[key] / held[full], 3),
+        }
+        for key, entrant in entrants.items()
+    ]  # fmt: skip
+
+
+def _crossing(points: list[dict[str, Any]], sweep: str, targets: str) -> dict[str, Any] | None:
+    """The first measured point of a curve at which LoRA's step takes as long as full's; None: nowhere."""
+    for point in points:
+        if (point["sweep"], point["targets"]) == (sweep, targets) and point["step_over_full"] >= 1:
+            return {key: point[key] for key in ("r", "rows", "length", "trainable", "step_over_full")}
+    return None
+
+
+def _verdict(key: str, at: dict[str, Any] | None) -> str:
+    sweep, targets = key.split(", ", 1)
+    if at is None:
+        return f"By {sweep}, on {targets}: LoRA's step is the faster one at every point measured."
+    return (
+        f"By {sweep}, on {targets}: LoRA's step takes {at['step_over_full']:.2f} times full fine-tuning's at"
+        f" r = {at['r']} ({at['trainable']:,} trainable), {at['rows']} x {at['length']} tokens."
+    )
+
+
+def _pairs(points: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    shaped = [point for point in points if point["sweep"] != "rank"]
+    return list(zip(shaped[::2], shaped[1::2], strict=True))
+
+
+def _name(point: dict[str, Any]) -> str:
+    names = {"full": "full fine-tuning", "head": "head only"}
+    return names.get(point["mode"]) or f"LoRA, {point['targets']}, r = {point['r']}"
+
+
+def _cost(point: dict[str, Any]) -> list[str]:
+    return [
+        quantity(point["milliseconds"]["median"]),
+        f"{point['step_over_full']:.2f}",
+        mebibytes(point["held_bytes"]),
+        f"{point['held_over_full']:.2f}",
+    ]

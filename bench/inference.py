@@ -1,0 +1,175 @@
+"""What an adapter costs when it is used: the base model, the adapter beside it, the adapter merged."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import draw
+from bench.steps import CLASSES, CONFIG, in_turn, milliseconds, random_batch, ratio, time_in_turn, time_once
+from bench.tables import markdown, prose, quantity
+from lora import eject, inject, load_adapter, merge, save_adapter, unmerge
+from lora.tree import lora_layers
+from model import load_base, speed_up
+from train.hardware import autocast, resolve_device, resolve_precision
+
+STATES = {"base": "base model", "apart": "adapter beside it", "merged": "adapter merged"}
+ACTS = {
+    "merge": "merge",
+    "unmerge": "unmerge",
+    "load": "load: check the files, hash the base, inject",
+    "swap": "swap: eject, load another, speed up",
+}
+LENGTH = 56
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """The times of a forward pass by state and batch, and of each act on an adapter."""
+    device = resolve_device("auto")
+    precision = resolve_precision("auto", device)
+    model_name = "random:minilm" if quick else "minilm"
+    rounds = 3 if quick else 41
+    models = {
+        "base": _base(model_name, device),
+        "apart": _adapted(model_name, device, seed=0),
+        "merged": _adapted(model_name, device, seed=0),
+    }
+    merge(models["merged"])
+    for model in models.values():
+        speed_up(model, precision)
+    batches = []
+    for rows in (1, 4) if quick else (1, 32):
+        print(f"inference: {model_name} {rows}x{LENGTH} {precision}", file=sys.stderr)
+        tasks = {state: _forward(model, rows, device, precision) for state, model in models.items()}
+        seconds = time_in_turn(tasks, rounds, device)
+        batches.append(
+            {
+                "rows": rows,
+                "milliseconds": {state: milliseconds(each) for state, each in seconds.items()},
+                "over_base": {
+                    state: round(ratio(each, seconds["base"]), 3) for state, each in seconds.items()
+                },
+            }
+        )
+    print(f"inference: {model_name}, merging, loading and swapping", file=sys.stderr)
+    acts = _time_acts(model_name, device, precision, 3 if quick else 15)
+    return {
+        "seed": 0, "precision": precision, "rounds": rounds, "model": model_name, "length": LENGTH,
+        "batches": batches, "acts_milliseconds": acts,
+    }  # fmt: skip
+
+
+def table(result: dict[str, Any]) -> str:
+    """A row a state, then a row an act."""
+
+    def cell(batch: dict[str, Any], state: str) -> str:
+        time, over = batch["milliseconds"][state], batch["over_base"][state]
+        return (
+            f"{quantity(time['median'])} ({quantity(time['low'])}-{quantity(time['high'])}), {over:.2f} times"
+        )
+
+    heads = [f"{batch['rows']} x {result['length']} tokens, ms" for batch in result["batches"]]
+    states = [
+        [words, *(cell(batch, state) for batch in result["batches"])] for state, words in STATES.items()
+    ]
+    times = result["acts_milliseconds"]
+    acts = [
+        [
+            words,
+            quantity(times[act]["median"]),
+            f"{quantity(times[act]['low'])}-{quantity(times[act]['high'])}",
+        ]
+        for act, words in ACTS.items()
+    ]
+    return "\n\n".join(
+        [
+            prose(
+                f"{result['model']}, r = 8 on query and value; {result['precision']}; {result['device']}."
+                f" Medians of {result['rounds']} interleaved rounds, in brackets the quartiles; then how many"
+                " times the base model's."
+            ),
+            markdown([["forward", *heads], *states]),
+            markdown([["a whole model's adapter", "ms", "quartiles"], *acts]),
+        ]
+    )
+
+
+def figures(result: dict[str, Any], folder: Path) -> None:
+    """inference.png: a bar a state for each batch, with its quartiles."""
+    figure, axes = draw.panels(1, len(result["batches"]), 3.8, 2.8)
+    for batch, axis in zip(result["batches"], axes[0], strict=True):
+        times = [batch["milliseconds"][state] for state in STATES]
+        middle = [time["median"] for time in times]
+        spread = [
+            [time["median"] - time["low"] for time in times],
+            [time["high"] - time["median"] for time in times],
+        ]
+        colors = (draw.GREY, draw.ORANGE, draw.BLUE)
+        axis.bar(range(len(times)), middle, yerr=spread, width=0.55, color=colors, capsize=4)
+        axis.set_xticks(range(len(times)), STATES.values(), fontsize=8)
+        axis.set(ylabel="ms a forward pass", title=f"{batch['rows']} x {result['length']} tokens")
+    draw.save(figure, folder / "inference.png")
+
+
+def _base(model_name: str, device: torch.device) -> Any:
+    return load_base(model_name, num_labels=CLASSES)[0].to(device)
+
+
+def _adapted(model_name: str, device: torch.device, seed: int) -> Any:
+    """With an adapter that says something: B as large as training makes it."""
+    model = _base(model_name, device)
+    inject(model, CONFIG, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.copy_(0.02 * torch.randn(layer.lora_B.shape, generator=generator))
+    return model.eval()
+
+
+def _forward(model: Any, rows: int, device: torch.device, precision: str) -> Callable[[], object]:
+    input_ids, _ = random_batch(rows, LENGTH, device)
+    mask = torch.ones_like(input_ids)
+
+    def forward() -> object:
+        with torch.inference_mode(), autocast(device, precision):
+            return model(input_ids=input_ids, attention_mask=mask).logits
+
+    return forward
+
+
+def _time_acts(model_name: str, device: torch.device, precision: str, rounds: int) -> dict[str, Any]:
+    """Of whole models. Loading starts from a bare base model in memory, swapping from an adapted one."""
+    with tempfile.TemporaryDirectory() as folder:
+        folders = [Path(folder, name) for name in ("first", "second")]
+        for seed, path in enumerate(folders):
+            save_adapter(_adapted(model_name, device, seed), path, base=model_name)
+        bare, served = _base(model_name, device), _base(model_name, device)
+        load_adapter(served, folders[0])
+
+        def load() -> float:
+            seconds = time_once(lambda: load_adapter(bare, folders[0]), device)
+            eject(bare)
+            return seconds
+
+        def swap() -> None:
+            folders.reverse()
+            eject(served)
+            load_adapter(served, folders[0])
+            speed_up(served, precision)
+
+        model = _adapted(model_name, device, seed=0)
+        seconds = in_turn(
+            {
+                "merge": lambda: time_once(lambda: merge(model), device),
+                "unmerge": lambda: time_once(lambda: unmerge(model), device),
+                "load": load,
+                "swap": lambda: time_once(swap, device),
+            },
+            rounds,
+        )
+    return {act: milliseconds(each) for act, each in seconds.items()}

@@ -1,0 +1,128 @@
+"""Where a training step's memory goes: full fine-tuning, LoRA and the head alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench import draw
+from bench.steps import MODES, QUICK_SHAPES, SHAPES
+from bench.tables import markdown, mebibytes, prose
+from train.hardware import resolve_device, resolve_precision
+
+COMPONENTS = {
+    "weights": "weights",
+    "weight_copies": "their 16-bit copies",
+    "optimizer": "optimizer state",
+    "gradients": "gradients",
+    "activations": "saved activations",
+}
+_ROOT = Path(__file__).parent.parent
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """A row a model and mode, each measured in a process of its own."""
+    precision = resolve_precision("auto", resolve_device("auto"))
+    rows: list[dict[str, Any]] = []
+    for model_name, batch, length in QUICK_SHAPES if quick else SHAPES:
+        for kind in MODES:
+            print(f"memory: {model_name} {batch}x{length} {precision}, {MODES[kind]}", file=sys.stderr)
+            measured = _in_a_process(kind, model_name, str(batch), str(length), precision)
+            parts = measured["components"]
+            held = sum(parts.values())
+            rows.append(
+                {
+                    "model": model_name, "rows": batch, "length": length, "mode": kind, **measured,
+                    # Gradients come as activations go, so the two are never there whole at once.
+                    "after_forward_bytes": held - parts["gradients"],
+                    "after_backward_bytes": held - parts["activations"],
+                    "peak_above_bare_bytes": measured["peak_bytes"] - measured["bare_bytes"],
+                }
+            )  # fmt: skip
+    return {"seed": 0, "precision": precision, "rows": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Rows by component, a column a model and mode, and what LoRA saves of full fine-tuning's."""
+    return "\n\n".join(
+        [
+            prose(
+                f"MiB; {result['precision']}; {result['device']}; each mode in a process of its own."
+                " Activations go while gradients come, so the two are never held whole at once. The measured"
+                " peak is above what is held at either end by temporary tensors, the libraries' own memory"
+                f" and freed memory that the allocator has not given back.{_note_on_peaks(result)}"
+            ),
+            *(_model_table(rows) for rows in _by_model(result).values()),
+        ]
+    )
+
+
+def _model_table(rows: dict[str, dict[str, Any]]) -> str:
+    def line(name: str, value: Any) -> list[str]:
+        numbers = {kind: value(row) for kind, row in rows.items()}
+        saved = numbers["full"] - numbers["lora"]
+        return [name, *(mebibytes(each) for each in numbers.values()), mebibytes(saved)]
+
+    first = rows["full"]
+    return markdown(
+        [
+            [f"{first['model']}, {first['rows']} x {first['length']}", *MODES.values(), "LoRA saves"],
+            *(line(words, lambda row, key=key: row["components"][key]) for key, words in COMPONENTS.items()),
+            line("held when forward ends", lambda row: row["after_forward_bytes"]),
+            line("held when backward ends", lambda row: row["after_backward_bytes"]),
+            line("measured peak of the steps", lambda row: row["peak_above_bare_bytes"]),
+            line("- above what is held", _above_held),
+            line("the process without a model, not counted above", lambda row: row["bare_bytes"]),
+        ]
+    )
+
+
+def figures(result: dict[str, Any], folder: Path) -> None:
+    """memory.png: a stacked bar a mode, and the measured peak beside it."""
+    models = _by_model(result)
+    figure, axes = draw.panels(1, len(models), 5.4, 3.4)
+    colors = (draw.BLUE, draw.GREY, draw.GREEN, draw.RED, draw.ORANGE)
+    for (name, rows), axis in zip(models.items(), axes[0], strict=True):
+        for at, row in enumerate(rows.values()):
+            bottom = 0.0
+            for (key, words), color in zip(COMPONENTS.items(), colors, strict=True):
+                tall = row["components"][key] / 2**20
+                axis.bar(at, tall, bottom=bottom, width=0.55, color=color, label=None if at else words)
+                bottom += tall
+            peak = row["peak_above_bare_bytes"] / 2**20
+            label = None if at else "measured peak of the steps"
+            axis.plot([at - 0.36, at + 0.36], [peak, peak], color="black", label=label)
+            axis.annotate(f"{peak:,.0f}", (at + 0.29, peak), (2, 3), textcoords="offset points", fontsize=8)
+        axis.set_xticks(range(len(rows)), [MODES[kind] for kind in rows])
+        axis.set(ylabel="MiB", title=f"{name}, {row['rows']} x {row['length']} tokens")
+    axes[0][-1].legend(frameon=False, fontsize=8)
+    draw.save(figure, folder / "memory.png")
+
+
+def _above_held(row: dict[str, Any]) -> int:
+    held = max(row["after_forward_bytes"], row["after_backward_bytes"])
+    return int(row["peak_above_bare_bytes"] - held)
+
+
+def _in_a_process(*arguments: str) -> dict[str, Any]:
+    """What `python -m bench.peak` prints on its last line; its errors go to stderr as they are."""
+    command = [sys.executable, "-m", "bench.peak", *arguments]
+    done = subprocess.run(command, cwd=_ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def _by_model(result: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    models: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in result["rows"]:
+        models.setdefault(row["model"], {})[row["mode"]] = row
+    return models
+
+
+def _note_on_peaks(result: dict[str, Any]) -> str:
+    if all(row["peak_of"] == "steps" for row in result["rows"]):
+        return ""
+    return " This system keeps one peak for a whole process, so the peaks are those of loading, too."

@@ -1,0 +1,75 @@
+"""python -m bench.peak KIND MODEL ROWS LENGTH PRECISION: one mode's memory, in a process of its own."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from bench.steps import contestant, memory_bytes
+from train.hardware import peak_memory_bytes, resolve_device
+
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STEPS = 3
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Prints JSON: bytes by component, what the bare process takes, and the peak of STEPS steps.
+
+    bare_bytes: with the libraries loaded and no model yet. peak_bytes: the resident set's peak, the
+    allocator's on CUDA. peak_of: "steps", or "process" where the system cannot forget an earlier peak.
+    """
+    kind, model_name, rows, length, precision = sys.argv[1:] if arguments is None else arguments
+    device = resolve_device("auto")
+    bare = _resident_bytes(device)
+    entrant = contestant(kind, model_name, int(rows), int(length), precision, device)
+    components = memory_bytes(entrant)
+    gc.collect()
+    forgotten = _forget_peak(device)
+    for _ in range(STEPS):
+        entrant.step()
+    result = {
+        "components": components,
+        "bare_bytes": bare,
+        "peak_bytes": _peak_bytes(device),
+        "peak_of": "steps" if forgotten else "process",
+    }
+    print(json.dumps(result))
+    return 0
+
+
+def _resident_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    return _status("VmRSS") or peak_memory_bytes(device)
+
+
+def _peak_bytes(device: torch.device) -> int:
+    return (device.type == "cpu" and _status("VmHWM")) or peak_memory_bytes(device)
+
+
+def _forget_peak(device: torch.device) -> bool:
+    """Starts the peak anew from what is held now; whether that could be done."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    try:
+        _CLEAR.write_text("5")  # proc(5): resets the peak of the resident set
+    except OSError:
+        return False
+    return True
+
+
+def _status(field: str) -> int:
+    """A field of Linux's /proc/self/status in bytes, 0 where there is none."""
+    if not _STATUS.is_file():
+        return 0
+    lines = (line.split() for line in _STATUS.read_text().splitlines())
+    return next((int(line[1]) * 1024 for line in lines if line[0] == f"{field}:"), 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

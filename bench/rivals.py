@@ -1,0 +1,94 @@
+"""The others: PEFT (Hugging Face) and loralib (the paper's own code), put on the same stock model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+from torch import Tensor, nn
+
+from lora import LoraConfig
+from lora.inject import find_targets
+from lora.parameters import train_only
+
+
+def with_peft(model: Any, config: LoraConfig) -> Any:
+    """The model in PEFT's wrapper, its head trainable."""
+    import peft
+
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            task_type="SEQ_CLS",
+            r=config.r,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            target_modules=list(config.target_modules),
+        ),
+    )
+
+
+def with_loralib(model: Any, config: LoraConfig) -> Any:
+    """The model with loralib's layers in the targets' places, as its README puts them in by hand."""
+    import loralib
+
+    matches = find_targets(model, config).adapted.values()
+    for name in sorted(set().union(*matches)):
+        base = model.get_submodule(name)
+        layer = loralib.Linear(
+            base.in_features,
+            base.out_features,
+            r=config.r,
+            lora_alpha=int(config.lora_alpha),
+            lora_dropout=config.lora_dropout,
+            merge_weights=False,
+        )
+        layer.weight.data.copy_(base.weight.data)
+        layer.bias.data.copy_(base.bias.data)
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+    train_only(model, config.modules_to_save)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+    return model
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """One layer of a rival: its Parameters A (r, in), B (out, r) and the frozen weight (out, in)."""
+
+    A: Tensor
+    B: Tensor
+    weight: Tensor
+
+
+def adapted(kind: str, model: Any, name: str) -> Adapted:
+    """The layer at that name of the bare model, in a model that `RIVALS[kind]` made."""
+    if kind == "peft":
+        layer = model.base_model.model.get_submodule(name)
+        return Adapted(
+            layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.get_base_layer().weight
+        )
+    layer = model.get_submodule(name)
+    return Adapted(layer.lora_A, layer.lora_B, layer.weight)
+
+
+def head(kind: str, model: Any) -> nn.Module:
+    """The classification head that trains."""
+    found: nn.Module
+    if kind == "peft":
+        found = model.base_model.model.classifier.modules_to_save["default"]
+    else:
+        found = model.classifier
+    return found
+
+
+RIVALS: dict[str, Callable[[Any, LoraConfig], Any]] = {"peft": with_peft, "loralib": with_loralib}
+
+
+def installed() -> list[str]:
+    """Those that can be had here."""
+    return [kind for kind in RIVALS if find_spec(kind)]

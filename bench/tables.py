@@ -1,0 +1,41 @@
+"""Tables that read well on a terminal and are Markdown as well."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table from its rows, the first being the head: the first column to the left, others to the right."""
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if number == 0 else cell.rjust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
+
+
+def prose(text: str) -> str:
+    """A paragraph in lines that fit."""
+    return textwrap.fill(text, 105, break_long_words=False, break_on_hyphens=False)
+
+
+def quantity(value: float) -> str:
+    """Three digits that matter: 1,234 · 123 · 12.3 · 1.23."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def size(count: float) -> str:
+    """Bytes in MB, a million each."""
+    return f"{quantity(count / 1e6)} MB"
+
+
+def mebibytes(count: float) -> str:
+    """Bytes in MiB."""
+    text = f"{count / 2**20:,.0f}" if abs(count) >= 10 * 2**20 else f"{count / 2**20:.1f}"
+    return "0" if text in ("0.0", "-0.0") else text

@@ -1,0 +1,178 @@
+"""How fast a training step is, and of what: full fine-tuning, LoRA and the head alone, side by side."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import draw
+from bench.steps import (
+    CLASSES,
+    DTYPES,
+    MODES,
+    PHASES,
+    QUICK_SHAPES,
+    SHAPES,
+    Contestant,
+    contestant,
+    in_turn,
+    matrix_products,
+    milliseconds,
+    ratio,
+    time_once,
+)
+from bench.tables import markdown, prose, quantity, size
+from lora import count_parameters
+from model import HEAD
+from train.config import Recipe
+from train.hardware import resolve_device, resolve_precision
+from train.runs import save_trained
+
+
+def run(quick: bool) -> dict[str, Any]:
+    """A row a model: parameters, bytes on disk, and the seconds of a step by phase, for each mode."""
+    device = resolve_device("auto")
+    precision = resolve_precision("auto", device)
+    rounds = 3 if quick else 13
+    rows = []
+    for model_name, batch, length in QUICK_SHAPES if quick else SHAPES:
+        print(f"throughput: {model_name} {batch}x{length} {precision}", file=sys.stderr)
+        entrants = {kind: contestant(kind, model_name, batch, length, precision, device) for kind in MODES}
+        products = {
+            kind: matrix_products(entrant.model, batch, length, DTYPES[precision], device, kind)
+            for kind, entrant in entrants.items()
+        }
+        tasks: dict[str, Callable[[], list[float]]] = {kind: entrants[kind].step for kind in MODES}
+        tasks |= {f"{kind} products": partial(_alone, products[kind], device) for kind in MODES}
+        laps = in_turn(tasks, rounds)
+        seconds = {name: [sum(lap) for lap in each] for name, each in laps.items()}
+        modes = {}
+        for kind, entrant in entrants.items():
+            by_phase = {phase: [lap[i] for lap in laps[kind]] for i, phase in enumerate(PHASES)}
+            median, ceiling = statistics.median(seconds[kind]), seconds[f"{kind} products"]
+            modes[kind] = {
+                **_parameters(entrant, model_name),
+                "milliseconds": {
+                    "step": milliseconds(seconds[kind]),
+                    **{phase: milliseconds(each) for phase, each in by_phase.items()},
+                    "products": milliseconds(ceiling),
+                },
+                "examples_per_second": round(batch / median, 2),
+                "tokens_per_second": round(batch * length / median, 1),
+                "products_gflops": round(products[kind].flops / statistics.median(ceiling) / 1e9, 1),
+                "step_over_products": round(ratio(seconds[kind], ceiling), 3),
+                "step_over_full": round(ratio(seconds[kind], seconds["full"]), 3),
+            }
+        rows.append({"model": model_name, "rows": batch, "length": length, "modes": modes})
+    return {"seed": 0, "precision": precision, "rounds": rounds, "models": rows}
+
+
+def table(result: dict[str, Any]) -> str:
+    """A column a model and mode."""
+    columns = [(row, kind) for row in result["models"] for kind in MODES]
+    cells = [row["modes"][kind] for row, kind in columns]
+
+    def line(name: str, value: Any) -> list[str]:
+        return [name, *(value(cell) for cell in cells)]
+
+    def time(cell: dict[str, Any], phase: str) -> str:
+        return quantity(cell["milliseconds"][phase]["median"])
+
+    def step(cell: dict[str, Any]) -> str:
+        low, high = cell["milliseconds"]["step"]["low"], cell["milliseconds"]["step"]["high"]
+        return f"{time(cell, 'step')} ({quantity(low)}-{quantity(high)})"
+
+    shapes = ", ".join(
+        f"{row['model']} at {row['rows']} x {row['length']} tokens" for row in result["models"]
+    )
+    return "\n\n".join(
+        [
+            prose(
+                f"{shapes}; LoRA r = 8 on query and value; {result['precision']}; {result['device']}."
+                f" Medians of {result['rounds']} interleaved rounds, in brackets the quartiles."
+            ),
+            markdown(
+                [
+                    ["", *(f"{_short(row['model'])}, {MODES[kind]}" for row, kind in columns)],
+                    line("parameters, total", lambda cell: f"{cell['parameters']['total']:,}"),
+                    line("trainable", lambda cell: f"{cell['parameters']['trainable']:,}"),
+                    line("- share of all", lambda cell: f"{cell['trainable_share']:.2%}"),
+                    line("- LoRA's", lambda cell: f"{cell['parameters']['lora']:,}"),
+                    line("- the head's", lambda cell: f"{cell['parameters']['head']:,}"),
+                    line("saved on disk", lambda cell: size(cell["checkpoint_bytes"])),
+                    line("step, ms", step),
+                    *(line(f"- {phase}", lambda cell, phase=phase: time(cell, phase)) for phase in PHASES),
+                    line("step over full's", lambda cell: f"{cell['step_over_full']:.2f}"),
+                    line("examples a second", lambda cell: quantity(cell["examples_per_second"])),
+                    line("tokens a second", lambda cell: quantity(cell["tokens_per_second"])),
+                    line("its matrix products alone, ms", lambda cell: time(cell, "products")),
+                    line("- at GFLOP/s", lambda cell: quantity(cell["products_gflops"])),
+                    line("step over its products", lambda cell: f"{cell['step_over_products']:.2f}"),
+                ]
+            ),
+            *(prose(_why(row)) for row in result["models"]),
+        ]
+    )
+
+
+def figures(result: dict[str, Any], folder: Path) -> None:
+    """throughput.png: a bar a mode, cut into phases, and the mode's matrix products as a line across it."""
+    figure, axes = draw.panels(1, len(result["models"]), 5, 2.6)
+    for row, axis in zip(result["models"], axes[0], strict=True):
+        for at, kind in enumerate(MODES):
+            cell, left = row["modes"][kind], 0.0
+            for phase, color in zip(PHASES, (draw.BLUE, draw.ORANGE, draw.GREEN), strict=True):
+                wide = cell["milliseconds"][phase]["median"]
+                axis.barh(at, wide, left=left, height=0.6, color=color, label=None if at else phase)
+                left += wide
+            axis.annotate(
+                f"{quantity(cell['examples_per_second'])} examples/s", (left, at), (4, -3),
+                textcoords="offset points", fontsize=8,
+            )  # fmt: skip
+            products = cell["milliseconds"]["products"]["median"]
+            label = None if at else "its matrix products alone"
+            axis.plot([products, products], [at - 0.38, at + 0.38], color="black", label=label)
+        axis.set_yticks(range(len(MODES)), MODES.values())
+        axis.invert_yaxis()
+        axis.margins(x=0.25)
+        axis.set(xlabel="ms a step", title=f"{row['model']}, {row['rows']} x {row['length']} tokens")
+    axes[0][-1].legend(frameon=False, fontsize=8, loc="lower right")
+    draw.save(figure, folder / "throughput.png")
+
+
+def _alone(task: Callable[[], object], device: torch.device) -> list[float]:
+    return [time_once(task, device)]
+
+
+def _parameters(entrant: Contestant, model_name: str) -> dict[str, Any]:
+    """Who trains, and what a run would leave on the disk: an adapter's folder, or the trained weights."""
+    ledger = count_parameters(entrant.model, HEAD)
+    recipe = Recipe(model=model_name, method=entrant.name)
+    labels = tuple(f"LABEL_{i}" for i in range(CLASSES))
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint_bytes = save_trained(entrant.model, Path(folder), recipe, labels)
+    roles = ("lora", "head", "base", "frozen", "trainable", "total")
+    return {
+        "parameters": {role: getattr(ledger, role) for role in roles},
+        "trainable_share": round(ledger.trainable / ledger.total, 6),
+        "checkpoint_bytes": checkpoint_bytes,
+    }
+
+
+def _why(row: dict[str, Any]) -> str:
+    """Which phases LoRA's saving comes from."""
+    full, lora = (row["modes"][kind]["milliseconds"] for kind in ("full", "lora"))
+    saved = {phase: full[phase]["median"] - lora[phase]["median"] for phase in PHASES}
+    parts = [f"{ms:+,.0f} ms in {phase}" for phase, ms in saved.items()]
+    return f"What LoRA saves a step of {_short(row['model'])}: {', '.join(parts)}."
+
+
+def _short(model_name: str) -> str:
+    return model_name.removeprefix("random:")

@@ -1,0 +1,287 @@
+"""make bench: every part runs, says JSON last, adds up, and the README shows what was measured."""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_roberta
+
+from bench import growth, inference
+from bench.__main__ import ALL, PARTS, main
+from bench.readme import README, RESULTS, names, rewritten
+from bench.steps import (
+    MODES,
+    PHASES,
+    Contestant,
+    contestant,
+    in_turn,
+    matrix_products,
+    memory_bytes,
+    milliseconds,
+)
+from bench.tables import markdown
+from lora.parameters import train_only
+from model import HEAD, speed_up
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session")
+def quick():
+    """What each part of `python -m bench` gives with --quick, and what it printed."""
+    return subprocess.run(
+        [sys.executable, "-m", "bench", "--quick"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def results(quick):
+    return json.loads(quick.stdout.splitlines()[-1])
+
+
+def test_json_is_the_last_line_and_progress_is_on_stderr(quick, results):
+    assert set(ALL) < set(results)
+    for name in ALL:
+        assert f"{name}\n\n" in quick.stdout
+        assert f": {name}\n" in quick.stderr
+    assert not (ROOT / "bench" / "results" / "all.json").exists()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_result_says_where_it_was_measured(results, name):
+    result = results[name]
+    assert result["part"] == name
+    assert result["quick"] is True
+    assert {"device", "threads", "seed", "precision", "versions"} <= set(result)
+    assert {"python", "torch", "transformers"} <= set(result["versions"])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_table_and_the_figures_are_made_from_the_json_alone(quick, results, name, tmp_path):
+    assert PARTS[name].table(results[name]) in quick.stdout
+    PARTS[name].figures(results[name], tmp_path)
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_parameters_are_counted_and_checkpoints_are_as_large_as_what_trains(results):
+    for row in results["throughput"]["models"]:
+        for kind, mode in row["modes"].items():
+            count = mode["parameters"]
+            assert count["lora"] + count["head"] + count["base"] == count["trainable"]
+            assert count["trainable"] + count["frozen"] == count["total"]
+            # float32; safetensors' header and the adapter's config are some kilobytes on top
+            assert 0 < mode["checkpoint_bytes"] - 4 * count["trainable"] < 20_000, kind
+        assert row["modes"]["full"]["parameters"]["frozen"] == 0
+        assert row["modes"]["lora"]["parameters"]["head"] == row["modes"]["head"]["parameters"]["trainable"]
+
+
+def test_phases_and_ratios_are_those_of_the_steps(results):
+    for row in results["throughput"]["models"]:
+        for mode in row["modes"].values():
+            times = mode["milliseconds"]
+            assert all(times[phase]["median"] > 0 for phase in PHASES)
+            assert max(times[phase]["low"] for phase in PHASES) <= times["step"]["high"]
+            # recorded to five digits or so
+            rows_per_second = 1e3 * row["rows"] / times["step"]["median"]
+            assert mode["examples_per_second"] == pytest.approx(rows_per_second, rel=1e-3)
+
+
+def test_memory_adds_up_and_says_what_lora_saves(results):
+    rows = {row["mode"]: row for row in results["memory"]["rows"]}
+    assert list(rows) == list(MODES)
+    for row in rows.values():
+        parts = row["components"]
+        assert row["after_forward_bytes"] + parts["gradients"] == sum(parts.values())
+        assert row["after_backward_bytes"] + parts["activations"] == sum(parts.values())
+        assert row["peak_above_bare_bytes"] + row["bare_bytes"] == row["peak_bytes"]
+    full, lora, head = (rows[kind]["components"] for kind in ("full", "lora", "head"))
+    assert lora["weights"] == head["weights"] + 4 * 73_728  # MiniLM's own adapter, r = 8, float32
+    # AdamW keeps two numbers for each that trains, and a step count a tensor
+    for parts in (full, lora, head):
+        assert 0 < parts["optimizer"] - 2 * parts["gradients"] < 1000
+    assert full["gradients"] == full["weights"] > 50 * lora["gradients"]
+
+
+def test_components_are_the_arithmetic_of_a_tiny_model():
+    model = tiny_roberta()
+    train_only(model, HEAD)
+    speed_up(model, "bf16")
+    head = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen_linears = 2 * (4 * (32 * 32 + 32) + 32 * 64 + 64 + 64 * 32 + 32)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    ids = torch.arange(3, 33).reshape(3, 10)
+    entrant = Contestant("head", model.train(), optimizer, ids, torch.tensor([0, 1, 2]), CPU, "bf16")
+    parts = memory_bytes(entrant)
+    assert parts["weights"] == 4 * sum(p.numel() for p in model.parameters())
+    assert parts["gradients"] == 4 * head
+    assert parts["optimizer"] == 8 * head + 4 * len(list(model.classifier.parameters()))
+    # The head's two weights are cast by autocast, the frozen ones by speed_up; 2 bytes a number.
+    assert parts["weight_copies"] == 2 * frozen_linears + 2 * (32 * 32 + 3 * 32)
+
+
+def test_inference_compares_three_states_of_one_model(results):
+    result = results["inference"]
+    for batch in result["batches"]:
+        assert set(batch["milliseconds"]) == set(inference.STATES)
+        assert batch["over_base"]["base"] == 1
+    assert set(result["acts_milliseconds"]) == set(inference.ACTS)
+
+
+def test_growth_covers_its_range_and_names_the_first_point_at_which_lora_is_no_faster(results):
+    points = results["growth"]["points"]
+    ranks = [point["r"] for point in points if point["targets"] == "all linear"]
+    assert ranks == list(growth.QUICK.ranks)
+    assert growth.Range().ranks[0] == 1
+    assert growth.Range().ranks[-1] == 256
+    assert [length for _, length in growth.Range().lengths][:: len(growth.Range().lengths) - 1] == [32, 512]
+    for key, at in results["growth"]["lora_stops_paying"].items():
+        sweep, targets = key.split(", ", 1)
+        ratios = [p["step_over_full"] for p in points if (p["sweep"], p["targets"]) == (sweep, targets)]
+        assert (at["step_over_full"] if at else None) == next((ratio for ratio in ratios if ratio >= 1), None)
+    grown = [p["trainable"] for p in points if p["targets"] == "query, value" and p["sweep"] == "rank"]
+    assert grown[1] - grown[0] == 63 * 6 * 2 * (384 + 384)  # ranks 1 and 64
+
+
+def test_a_quick_run_is_not_kept(monkeypatch, tmp_path, capsys):
+    module = importlib.import_module("bench.__main__")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    part = type("Part", (), {"run": lambda quick: {"x": 1}, "table": lambda result: "table"})
+    monkeypatch.setitem(PARTS, "growth", part)
+    assert main(["growth", "--quick", "--save"]) == 0
+    assert not list(tmp_path.iterdir())
+    assert main(["growth", "--save"]) == 0
+    (kept,) = tmp_path.rglob("*.json")
+    assert json.loads(kept.read_text()) == json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+# --- steps side by side -----------------------------------------------------------------------------
+
+
+def test_rounds_are_interleaved_and_warm_up_is_left_out():
+    calls = []
+    tasks = {name: lambda name=name: calls.append(name) or len(calls) for name in "AB"}
+    results = in_turn(tasks, rounds=2, warm_up=1)
+    assert calls == ["A", "B"] * 3
+    assert results == {"A": [3, 5], "B": [4, 6]}
+
+
+def test_milliseconds_are_the_median_the_quartiles_and_the_least():
+    seconds = [0.005, 0.001, 0.002, 0.004, 0.003]
+    assert milliseconds(seconds) == {"median": 3, "low": 2, "high": 4, "least": 1}
+
+
+def test_looking_at_what_backward_keeps_leaves_nothing_behind():
+    entrant = contestant("lora", "random:minilm", 2, 8, "fp32", CPU)
+    memory_bytes(entrant)
+    kept = []
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            y = x.clone()
+            kept.append(weakref.ref(y))
+            ctx.save_for_backward(y)
+            return y
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad
+
+    forward = entrant.forward
+    entrant.forward = lambda: Watched.apply(forward())
+    memory_bytes(entrant)
+    assert kept
+    assert not any(reference() is not None for reference in kept)
+
+
+def test_products_are_counted_as_arithmetic_says():
+    model = tiny_roberta()
+    tokens, length, width, inner, layers = 3 * 10, 10, 32, 64, 2
+    linear = 2 * tokens * (4 * width * width + 2 * width * inner)
+    attention = 2 * 2 * tokens * length * width
+    first = 3 * 2 * tokens * width * width  # the first layer's projections need no gradient of their input
+    expected = {
+        "head": layers * (linear + attention),
+        "lora": layers * (2 * linear + 3 * attention) - first,
+        "full": layers * (3 * linear + 3 * attention),
+    }
+    for kind, flops in expected.items():
+        products = matrix_products(model, 3, length, torch.float32, CPU, kind)
+        assert products.flops == flops
+        products()
+
+
+@pytest.mark.parametrize("kind", MODES)
+def test_a_step_trains_what_its_mode_says_and_nothing_else(kind):
+    entrant = contestant(kind, "random:minilm", 2, 8, "fp32", CPU)
+    before = {name: p.detach().clone() for name, p in entrant.model.named_parameters()}
+    assert len(entrant.step()) == len(PHASES)
+    changed = {name for name, p in entrant.model.named_parameters() if not torch.equal(p, before[name])}
+    wanted = {
+        "full": set(before),
+        "lora": {name for name in before if name.endswith("lora_B") or name.startswith("classifier")},
+        "head": {name for name in before if name.startswith("classifier")},
+    }[kind]
+    if kind == "lora":  # lora_B is zero at first, so lora_A has no gradient yet; AdamW's decay moves it
+        changed = {name for name in changed if not name.endswith("lora_A")}
+    assert changed == wanted
+
+
+# --- the README ----------------------------------------------------------------------------------------
+
+
+def test_the_readme_shows_what_the_json_says():
+    text = README.read_text()
+    assert {"throughput", "memory", "inference", "growth", "merging"} <= set(names(text))
+    assert rewritten(text, RESULTS) == text, "python -m bench.readme writes README.md anew"
+
+
+def test_another_figure_in_the_json_is_another_figure_in_the_readme(tmp_path):
+    text = README.read_text()
+    for path in RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    assert rewritten(text, tmp_path) == text
+    merging = json.loads((tmp_path / "merging.json").read_text())
+    for row in merging["rows"]:
+        row["changed_after_all"] *= 2
+    (tmp_path / "merging.json").write_text(json.dumps(merging))
+    changed = rewritten(text, tmp_path)
+    assert changed != text
+    assert "14.8% of PEFT" in changed
+
+
+def test_what_has_no_results_yet_is_said(tmp_path):
+    text = "before\n<!-- bench:throughput -->\nold\n<!-- /bench -->\nafter\n"
+    new = rewritten(text, tmp_path)
+    assert "Not measured yet" in new
+    assert new.startswith("before\n<!-- bench:throughput -->\n")
+    assert new.endswith("\n<!-- /bench -->\nafter\n")
+    assert rewritten(new, tmp_path) == new
+
+
+def test_the_section_has_no_measured_figure_outside_its_markers():
+    text = README.read_text()
+    section = text[text.index("## What LoRA costs and saves") : text.index("## Parameters, counted")]
+    prose = re.sub(r"<!-- bench:\S+ -->.*?<!-- /bench -->", "", section, flags=re.DOTALL)
+    assert prose != section
+    assert not re.findall(r"\d[\d.,]*\s?(?:ms|MiB|MB|times|seconds|GFLOP)", prose)
+    assert re.findall(r"\d[\d.,]*\s?%", prose) == ["10%"]  # what two runs should agree on
+
+
+def test_figures_named_in_the_readme_are_there():
+    for path in re.findall(r"\]\((bench/results/[^)]+)\)", README.read_text()):
+        assert (ROOT / path).is_file(), path
+
+
+def test_a_table_is_markdown_and_lines_up():
+    lines = markdown([["", "one"], ["a", "1"], ["long", "1,000"]]).splitlines()
+    assert lines == ["|      |   one |", "| ---- | ----: |", "| a    |     1 |", "| long | 1,000 |"]
+    assert len({len(line) for line in lines}) == 1
