@@ -27,7 +27,7 @@ from train.runs import CONFIG, SUMMARY
 
 RUNS = Path("runs/accuracy")
 SEEDS = (0, 1, 2)
-SETTINGS = {"model": "minilm", "epochs": 3, "batch_size": 32, "max_length_tokens": 128, "lora_alpha": 16}
+SETTINGS = {"model": "minilm", "epochs": 3, "batch_size": 32, "max_length_tokens": 64, "lora_alpha": 16}
 RATES = {
     "full": (3e-5, 6e-5, 1.2e-4, 2.4e-4),
     "lora": (1e-3, 2e-3, 4e-3, 8e-3),
@@ -157,8 +157,9 @@ def _set_table(found: dict[str, Any], result: dict[str, Any]) -> list[str]:
         )
     settings = result["settings"]
     words = (
-        f"{found['data']}: {found['test_articles']:,} test articles; {settings['model']}, {settings['epochs']}"
-        f" epochs, {result['precision']}, {result['device']}. Mean of {len(SEEDS)} seeds with its 95% interval"
+        f"{found['data']}: {found['test_articles']:,} test articles; {settings['model']},"
+        f" {settings['max_length_tokens']} tokens an article, {settings['epochs']} epochs,"
+        f" {result['precision']}, {result['device']}. Mean of {len(SEEDS)} seeds with its 95% interval"
         " (Student's t); McNemar's exact test on the same articles, a p a seed."
     )
     return [prose(words), markdown(lines), prose(_verdict(found))]
@@ -167,16 +168,8 @@ def _set_table(found: dict[str, Any], result: dict[str, Any]) -> list[str]:
 def _verdict(found: dict[str, Any]) -> str:
     """What the rows show: each mode's mean against full fine-tuning's, in words that follow from them."""
     full, *others = found["rows"]
-    worse = [
-        row
-        for row in others
-        if sum(p["p"] < 0.05 and p["only_full"] > p["only_this"] for p in row["against_full"]) > 1
-    ]
-    better = [
-        row
-        for row in others
-        if sum(p["p"] < 0.05 and p["only_full"] < p["only_this"] for p in row["against_full"]) > 1
-    ]
+    worse = [row["name"] for row in others if _differs(row, "only_full", "only_this")]
+    better = [row["name"] for row in others if _differs(row, "only_this", "only_full")]
     lora = [row for row in others if row["method"] == "lora"]
     best, least = max(lora, key=lambda row: row["mean"]), min(lora, key=lambda row: row["mean"])
     gaps = [f"{row['name']} {100 * (row['mean'] - full['mean']):+.2f}" for row in (best, least, others[0])]
@@ -184,12 +177,15 @@ def _verdict(found: dict[str, Any]) -> str:
         f"Against full fine-tuning's mean, in points: the best LoRA, {gaps[0]}; the least, {gaps[1]};"
         f" {gaps[2]}."
     )
-    for rows, word in ((worse, "worse"), (better, "better")):
-        if rows:
-            text += f" By McNemar's test at 5%, on two seeds or more, {word}: {'; '.join(r['name'] for r in rows)}."
-    if not worse and not better:
-        text += " By McNemar's test at 5% no mode differs from it on two seeds or more."
-    return text
+    test = "By McNemar's test at 5%, on two seeds or more,"
+    for names, word in ((worse, "worse"), (better, "better")):
+        if names:
+            text += f" {test} {word}: {'; '.join(names)}."
+    return text if worse or better else f"{text} {test} none differs from it."
+
+
+def _differs(row: dict[str, Any], more: str, less: str) -> bool:
+    return sum(pair["p"] < 0.05 and pair[more] > pair[less] for pair in row["against_full"]) >= 2
 
 
 def figures(result: dict[str, Any], folder: Path) -> None:
