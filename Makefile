@@ -11,7 +11,7 @@ ARGS ?=
 NPROC ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long soak test-peers bench bench-merging bench-peers lint format clean
+.PHONY: help setup train test test-long soak test-peers bench bench-merging bench-peers bench-original bench-accuracy lint format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -45,6 +45,12 @@ bench-merging: $(PEERS)/.run  ## what merging rounds and how weights drift, besi
 
 bench-peers: $(PEERS)/.run  ## a training step beside PEFT's: time, memory, the same gradients
 	$(PEERS)/bin/python -m bench peers --save $(ARGS)
+
+bench-original: $(PEERS)/.run  ## an epoch as the original project runs it, beside ours; ARGS="--data FOLDER"
+	$(PEERS)/bin/python -m bench original --save $(ARGS)
+
+bench-accuracy: $(VENV)/.run  ## full, LoRA by rank, head: an hour the first time; ARGS="--data FOLDER" for AG News
+	$(RUN) -m bench accuracy --save $(ARGS)
 
 lint: $(VENV)/.dev  ## check style and types
 	$(VENV)/bin/ruff check .

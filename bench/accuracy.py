@@ -185,7 +185,8 @@ def _verdict(found: dict[str, Any]) -> str:
 
 
 def _differs(row: dict[str, Any], more: str, less: str) -> bool:
-    return sum(pair["p"] < 0.05 and pair[more] > pair[less] for pair in row["against_full"]) >= 2
+    pairs = [pair for pair in row["against_full"] if pair["p"] < 0.05 and pair[more] > pair[less]]
+    return len(pairs) >= 2
 
 
 def figures(result: dict[str, Any], folder: Path) -> None:
