@@ -52,7 +52,7 @@ def table(result: dict[str, Any]) -> str:
             prose(
                 f"MiB; {result['precision']}; {result['device']}; each mode in a process of its own."
                 " Activations go while gradients come, so the two are never held whole at once. The measured"
-                " peak is above what is held at either end by temporary tensors, the libraries' own memory and"
+                " peak is above what is held at either end by temporary tensors, libraries' own memory and"
                 f" freed memory that the allocator has not given back.{_note_on_peaks(result)}"
             ),
             *(_model_table(rows) for rows in _by_model(result).values()),
