@@ -98,7 +98,6 @@ def figures(result: dict[str, Any], folder: Path) -> None:
             axis.annotate(f"{peak:,.0f}", (at + 0.29, peak), (2, 3), textcoords="offset points", fontsize=8)
         axis.set_xticks(range(len(rows)), [MODES[kind] for kind in rows])
         axis.set(ylabel="MiB", title=f"{name}, {row['rows']} x {row['length']} tokens")
-    axes[0][-1].legend(frameon=False, fontsize=8)
     draw.save(figure, folder / "memory.png")
 
 
