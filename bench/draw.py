@@ -24,7 +24,11 @@ def panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, A
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes the figure and lets go of it."""
+    """Writes the figure, its first panel's legend (if any) below it, and lets go of it."""
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    handles, names = figure.axes[0].get_legend_handles_labels()
+    if handles:
+        place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
+        figure.legend(handles, names, frameon=False, fontsize=8, ncols=len(names), **place)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

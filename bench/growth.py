@@ -119,21 +119,21 @@ def table(result: dict[str, Any]) -> str:
 
 
 def figures(result: dict[str, Any], folder: Path) -> None:
-    """growth.png: a step's time above, the memory it holds below; by rank, batch and length."""
+    """growth.png: a step's time above, the memory it holds below; by rank, batch and length (r = 8)."""
     figure, axes = draw.panels(2, 3, 4, 2.9)
     for line, (label, value) in zip(axes, (("ms a step", _ms), ("MiB held", _mib)), strict=True):
         _draw_ranks(line[0], result["points"], value)
         for axis, sweep, field in ((line[1], "batch", "rows"), (line[2], "length", "length")):
             for mode, color in (("full", draw.BLUE), ("lora", draw.ORANGE)):
                 points = [p for p in result["points"] if p["sweep"] == sweep and p["mode"] == mode]
-                name = "full fine-tuning" if mode == "full" else "LoRA, r = 8, query, value"
                 x = [point[field] for point in points]
-                axis.plot(x, [value(point) for point in points], marker="o", color=color, label=name)
-        for axis, words in zip(line, ("rank", "rows of a batch", "tokens of a row"), strict=True):
+                axis.plot(x, [value(point) for point in points], marker="o", color=color)
+        for axis, words in zip(
+            line, ("rank", "rows of a batch, r = 8", "tokens of a row, r = 8"), strict=True
+        ):
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:.0f}")
             axis.set(xlabel=words, ylabel=label, ylim=(0, None))
-            axis.legend(frameon=False, fontsize=7)
     draw.save(figure, folder / "growth.png")
 
 

@@ -52,8 +52,8 @@ def table(result: dict[str, Any]) -> str:
             prose(
                 f"MiB; {result['precision']}; {result['device']}; each mode in a process of its own."
                 " Activations go while gradients come, so the two are never held whole at once. The measured"
-                " peak is above what is held at either end by temporary tensors, the libraries' own memory"
-                f" and freed memory that the allocator has not given back.{_note_on_peaks(result)}"
+                " peak is above what is held at either end by temporary tensors, libraries' own memory and"
+                f" freed memory that the allocator has not given back.{_note_on_peaks(result)}"
             ),
             *(_model_table(rows) for rows in _by_model(result).values()),
         ]
@@ -98,7 +98,6 @@ def figures(result: dict[str, Any], folder: Path) -> None:
             axis.annotate(f"{peak:,.0f}", (at + 0.29, peak), (2, 3), textcoords="offset points", fontsize=8)
         axis.set_xticks(range(len(rows)), [MODES[kind] for kind in rows])
         axis.set(ylabel="MiB", title=f"{name}, {row['rows']} x {row['length']} tokens")
-    axes[0][-1].legend(frameon=False, fontsize=8)
     draw.save(figure, folder / "memory.png")
 
 

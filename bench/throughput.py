@@ -143,7 +143,6 @@ def figures(result: dict[str, Any], folder: Path) -> None:
         axis.invert_yaxis()
         axis.margins(x=0.25)
         axis.set(xlabel="ms a step", title=f"{row['model']}, {row['rows']} x {row['length']} tokens")
-    axes[0][-1].legend(frameon=False, fontsize=8, loc="lower right")
     draw.save(figure, folder / "throughput.png")
 
 
