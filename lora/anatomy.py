@@ -140,11 +140,12 @@ def projected_norm(M: Tensor, U: Tensor, V: Tensor) -> float:
     return float((U.double().T @ M.double() @ V.double()).norm())
 
 
-def expected_projected_norm(norm: float, out: int, in_: int, rank: int) -> float:
+def expected_projected_norm(norm: float, shape: tuple[int, int], rank: int) -> float:
     """‖Uᵀ·M·V‖_F for random directions, `rank` on both sides: rank·‖M‖_F / √(out·in), as a root mean square.
 
-    The column "Random" of the LoRA paper's table 7, without drawing.
+    norm: ‖M‖_F, shape: M's (out, in). The column "Random" of the LoRA paper's table 7, without drawing.
     """
+    out, in_ = shape
     return min(rank, out, in_) * norm / math.sqrt(out * in_)
 
 

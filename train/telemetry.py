@@ -36,8 +36,8 @@ class Telemetry:
     def line(self) -> dict[str, list[float]]:
         """A value a layer of: ‖ΔW‖/‖W‖, ΔW's effective rank, ‖∂L/∂A‖ and ‖∂L/∂B‖. Waits for the device.
 
-        ΔW is the one after the step, the gradients are those that the step was made of: after the first
-        step ΔW is no longer zero, and A's gradient was.
+        ΔW is the one after the step, the gradients are those that the step was made of. A's are zero until
+        B has moved: in the first step, and under a warm-up, which starts from a rate of 0, in the second.
         """
         parts = [self._gradients.double()]
         for layer in self.layers:
