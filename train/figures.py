@@ -38,9 +38,12 @@ def draw_all(
         plt.close(figure)
 
 
-def draw_curves(history: Sequence[dict[str, float]], lines: Sequence[dict[str, Any]]) -> Any:
-    """Accuracy and loss by epoch."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+def draw_curves(
+    history: Sequence[dict[str, float]], lines: Sequence[dict[str, Any]], stacked: bool = False
+) -> Any:
+    """Accuracy and loss by epoch, side by side or one above the other."""
+    shape, size = ((2, 1), (5.2, 5)) if stacked else ((1, 2), (10, 3.8))
+    figure, (left, right) = plt.subplots(*shape, figsize=size)
     epochs = [row["epoch"] for row in history]
     left.plot(epochs, [100 * row["val_accuracy"] for row in history], marker="o", color=_BLUE)
     left.set(xlabel="epoch", ylabel="accuracy, %", title="Validation accuracy")

@@ -23,7 +23,7 @@ from model import HEAD, speed_up
 from train.anatomy.subject import Subject, place
 from train.batches import Encoded, encode
 from train.data import load_news
-from train.hardware import autocast, resolve_device, resolve_precision
+from train.hardware import autocast, one_thread, resolve_device, resolve_precision
 from train.loop import predict_logits
 from train.metrics import Scores
 from train.runs import RunError
@@ -135,7 +135,8 @@ def truncate_full(subject: Subject, full: Subject, exam: Exam) -> list[dict[str,
         and not any(ends_with(part, head) for head in HEAD for part in _parents(name))
     }
     starts = {name: before[name].detach().cpu().double() for name in weights}
-    updates = {name: svd(weights[name].detach().cpu().double() - starts[name]) for name in weights}
+    with one_thread():
+        updates = {name: svd(weights[name].detach().cpu().double() - starts[name]) for name in weights}
     exam.prepare(model)
     found: list[dict[str, Any]] = [{"rank": None, **exam.score(model)}]
     with _restored({name: model.get_parameter(name) for name in weights}):

@@ -26,6 +26,7 @@ from train.anatomy.measure import (
 )
 from train.anatomy.subject import Subject, check_same_start, load_subject, place, short_name
 from train.data import DataError
+from train.hardware import one_thread
 from train.job import METRICS
 from train.metrics import Scores
 from train.runs import RunError
@@ -63,35 +64,9 @@ def study(
     lines = _read_lines(folder / METRICS)
 
     say(f"decomposing {len(subject.layers)} weights")
-    bases = decompose_bases(subject)
-    facts: dict[str, Any] = {
-        "run": _about(subject),
-        "layers": measure(subject, bases),
-        "constants": {"epsilon": EPSILON, "top": TOP},
-        "runs": [_about(run) for run in (subject, *others, *([full_run] if full_run else []))],
-        "similarity": [
-            {
-                "name": other.name,
-                "r": other.recipe.r,
-                "seed": other.recipe.seed,
-                "layers": compare_runs(subject, other),
-                "amplification": measure_amplification(other, bases),
-            }
-            for other in others
-            if other.layers.keys() == subject.layers.keys()
-        ],
-        "full": None,
-        "experiments": None,
-        "mistakes": None,
-        "trace": None,
-        "telemetry": _telemetry(subject, lines),
-    }
-    if full_run:
-        facts["full"] = {
-            "name": full_run.name,
-            "layers": compare_full(subject, full_run, bases),
-            "truncated": None,
-        }
+    with one_thread():
+        facts = _without_the_data(subject, others, full_run)
+    facts["telemetry"] = _telemetry(subject, lines)
     if exam:
         facts |= _with_the_data(subject, full_run, exam, facts, text, say)
 
@@ -144,6 +119,31 @@ def _exam(subject: Subject, say: Say) -> Exam | None:
     except (DataError, DataPackageMissingError, RunError) as error:
         say(f"matrix parts only, for the data cannot be had: {str(error).splitlines()[0]}")
         return None
+
+
+def _without_the_data(subject: Subject, others: list[Subject], full: Subject | None) -> dict[str, Any]:
+    bases = decompose_bases(subject)
+    return {
+        "run": _about(subject),
+        "layers": measure(subject, bases),
+        "constants": {"epsilon": EPSILON, "top": TOP},
+        "runs": [_about(run) for run in (subject, *others, *([full] if full else []))],
+        "similarity": [
+            {
+                "name": other.name,
+                "r": other.recipe.r,
+                "seed": other.recipe.seed,
+                "layers": compare_runs(subject, other),
+                "amplification": measure_amplification(other, bases),
+            }
+            for other in others
+            if other.layers.keys() == subject.layers.keys()
+        ],
+        "full": full and {"name": full.name, "layers": compare_full(subject, full, bases), "truncated": None},
+        "experiments": None,
+        "mistakes": None,
+        "trace": None,
+    }
 
 
 def _with_the_data(
