@@ -167,7 +167,7 @@ def test_the_baseline_is_what_random_directions_give():
 
 @pytest.mark.parametrize("angle", [0.0, 1e-9, 1e-3, 0.7, math.pi / 2 - 1e-9, math.pi / 2])
 def test_principal_angles_are_the_planted_ones_small_and_large(angle):
-    """One direction turned by an angle, one shared, one at right angles; sizes where a cosine is blind too."""
+    """One direction turned by an angle, one shared, one at right angles; also where a cosine is blind."""
     E = directions(IN, 5)
     X = E[:, :3]
     Y = torch.stack([math.cos(angle) * E[:, 0] + math.sin(angle) * E[:, 3], E[:, 1], E[:, 4]], dim=1)

@@ -62,7 +62,7 @@ def facts(report):
 
 
 def test_the_numbers_are_those_of_numpy_on_the_files(runs, facts, hub_folder):
-    """From the saved adapter and the base model's file alone, with another library, to 1e-6 of the largest."""
+    """From the saved adapter and the base model's file, with another library, to 1e-6 of the largest."""
     weights = safetensors.torch.load_file(hub_folder / "model.safetensors")
     adapter = safetensors.torch.load_file(runs / "run" / "adapter" / "adapter_model.safetensors")
     assert len(facts["layers"]) == 4
