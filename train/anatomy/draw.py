@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from cycler import cycler
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
 
 from train.anatomy.measure import EPSILON
-from train.anatomy.subject import place, short_name
+from train.anatomy.subject import place
 from train.figures import draw_confusion, draw_curves
 from train.metrics import Scores
 
@@ -218,9 +219,12 @@ def _nearest(facts: Facts) -> Any:
     figure, axes = _axes(
         xlabel="singular vector of the tuned W, strongest first", ylabel="cosine with the nearest of W's own"
     )
-    sources = [("LoRA", facts["layers"], BLUE, -0.13)]
+    sources = [("LoRA", facts["layers"], BLUE, 0.0)]
     if facts["full"]:
-        sources.append(("full fine-tuning", facts["full"]["layers"], ORANGE, 0.13))
+        sources = [
+            ("LoRA", facts["layers"], BLUE, -0.13),
+            ("full fine-tuning", facts["full"]["layers"], ORANGE, 0.13),
+        ]
     for label, layers, color, shift in sources:
         rows = [layer["nearest_cosines"] for layer in layers.values()]
         for row in rows:
@@ -323,8 +327,8 @@ def _parts(causes: Facts) -> Any:
         axes.axhline(factor * causes["off"][key], color=GREY, lw=1.5, ls="--", label="no adapter")
         axes.set_ylabel(label)
         axes.grid(axis="y", alpha=0.5)
-    seen = [factor for rows in (without, alone) for row in rows.values() for factor in [row["accuracy"]]]
-    low = min([*seen, causes["off"]["accuracy"], causes["whole"]["accuracy"]])
+    rows = [causes["off"], causes["whole"], *without.values(), *alone.values()]
+    low = min(row["accuracy"] for row in rows)
     panels[0].set_ylim(max(0, 100 * low - 3), 100.5)
     panels[1].set_xticks(range(len(without)), without)
     panels[1].set_xlabel(f"{kind} of the encoder")
@@ -345,17 +349,26 @@ def _trace(trace: Facts) -> Any:
 
 
 def _over_time(lines: list[Facts], names: list[str], key: str, label: str) -> Any:
-    figure, axes = _axes(xlabel="step", ylabel=label, ylim=(0, None))
+    """A line a layer: its block by shade, its projection by style."""
+    figure, axes = _axes(xlabel="step", ylabel=label)
     steps = [line["step"] for line in lines]
     blocks = sorted({place(name).block for name in names})
     shades = dict(zip(blocks, _shades(len(blocks)), strict=True))
     projections = list(dict.fromkeys(place(name).projection for name in names))
-    styles = dict(zip(projections, ("-", "--", ":", "-.") * len(projections), strict=False))
+    styles = {projection: ("-", "--", ":", "-.")[at % 4] for at, projection in enumerate(projections)}
     for number, name in enumerate(names):
         where = place(name)
         axes.plot(
-            steps, [line[key][number] for line in lines], styles[where.projection],
-            color=shades[where.block], lw=1.2, label=short_name(name),
-        )  # fmt: skip
-    axes.legend(ncols=2 if len(names) <= 12 else 4, fontsize=6.5, loc="center left", bbox_to_anchor=(1, 0.5))
+            steps,
+            [line[key][number] for line in lines],
+            styles[where.projection],
+            color=shades[where.block],
+            lw=1.2,
+        )
+    axes.set_ylim(0, None)
+    handles = [Line2D([], [], color=shades[block], label=f"block {block}") for block in blocks]
+    handles += [
+        Line2D([], [], color=GREY, ls=styles[projection], label=projection) for projection in projections
+    ]
+    axes.legend(handles=handles, ncols=4, fontsize=7.5, loc="lower center", bbox_to_anchor=(0.5, 1))
     return figure

@@ -87,8 +87,11 @@ def score(logits: Tensor, labels: np.ndarray) -> Score:
     return {"accuracy": accuracy, "loss": float(F.cross_entropy(logits.double(), torch.from_numpy(labels)))}
 
 
-def run_experiments(model: nn.Module, exam: Exam, say: Say) -> dict[str, Any]:
-    """The adapter whole, off, without and with only one block or projection, truncated, and scaled."""
+def run_experiments(model: nn.Module, exam: Exam, whole: Score, say: Say) -> dict[str, Any]:
+    """The adapter off, without and with only one block or projection, truncated, and scaled.
+
+    whole: the score of the adapter as it is.
+    """
     names = list(lora_layers(model))
     blocks = _grouped(names, lambda name: str(place(name).block))
     projections = _grouped(names, lambda name: place(name).projection)
@@ -97,7 +100,7 @@ def run_experiments(model: nn.Module, exam: Exam, say: Say) -> dict[str, Any]:
         with change:
             return exam.score(model)
 
-    whole, off = exam.score(model), under(only(model, ()))
+    off = under(only(model, ()))
     say("scoring without each part of the adapter, and with it alone")
     parts = {}
     for kind, groups in (("block", blocks), ("projection", projections)):

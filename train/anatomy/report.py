@@ -14,7 +14,7 @@ import numpy as np
 from lora.files import write_atomically
 from model.minilm import DataPackageMissingError
 from train.anatomy.draw import THEMES, draw_figures
-from train.anatomy.experiments import Exam, Say, mistakes, run_experiments, trace, truncate_full
+from train.anatomy.experiments import Exam, Say, mistakes, run_experiments, score, trace, truncate_full
 from train.anatomy.measure import (
     EPSILON,
     TOP,
@@ -73,6 +73,8 @@ def study(
     say("drawing")
     target = folder / FOLDER
     target.mkdir(exist_ok=True)
+    for old in target.glob("*.png"):  # of an earlier study that had more to draw
+        old.unlink()
     write_atomically(target / FACTS, (json.dumps(facts) + "\n").encode())
     scores = Scores(np.asarray(subject.summary["test_confusion_matrix"]))
     figures = draw_figures(facts, scores, lines, target)
@@ -152,7 +154,8 @@ def _with_the_data(
     model, labels = subject.trained.model, subject.trained.labels
     exam.prepare(model)
     say(f"scoring on {len(exam.rows):,} test articles, for analysis only")
-    wrong = mistakes(exam, exam.logits(model), labels)
+    logits = exam.logits(model)
+    wrong = mistakes(exam, logits, labels)
     chosen = text or exam.split[wrong[0]["row"] if wrong else 0]["text"]
     found = {
         "mistakes": wrong,
@@ -160,7 +163,7 @@ def _with_the_data(
             **trace(model, exam, chosen, labels),
             "source": "given" if text else "mistake" if wrong else "test",
         },
-        "experiments": run_experiments(model, exam, say),
+        "experiments": run_experiments(model, exam, score(logits, exam.rows.labels), say),
     }
     if full:
         say("scoring the full run's update, truncated")
