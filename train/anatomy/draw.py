@@ -141,7 +141,7 @@ def _bars(layers: Layers, key: str, label: str) -> Any:
 
 def _shades(count: int) -> Any:
     """Colours from early to late that stand out on white and on black."""
-    return plt.get_cmap("plasma")(np.linspace(0.25, 0.78, count))
+    return plt.get_cmap("plasma")(np.linspace(0.33, 0.75, count))
 
 
 def _panels(count: int, **sizes: Any) -> tuple[Any, list[Any]]:
