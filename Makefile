@@ -11,18 +11,26 @@ ARGS ?=
 NPROC ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-long soak test-peers bench bench-merging bench-peers bench-original bench-accuracy lint format clean
+.PHONY: help setup train anatomy which test test-long soak test-peers lint format clean
+.PHONY: bench bench-merging bench-peers bench-original bench-accuracy
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
 	@echo
 	@echo 'RECIPE=NAME chooses a recipe (train/recipes), ARGS="..." passes further flags:'
 	@echo '  make train RECIPE=minilm-agnews ARGS="--data FOLDER --set epochs=1"'
+	@echo '  make anatomy ARGS="runs/quickstart --against runs/which-* --full runs/full"'
 
 setup: $(VENV)/.run  ## make the virtual environment
 
 train: $(VENV)/.run  ## train a recipe; the quickstart takes minutes on two cores, no hub
 	$(if $(NPROC),$(VENV)/bin/torchrun --standalone --nproc-per-node $(NPROC) -m,$(RUN) -m) train --recipe $(RECIPE) $(ARGS)
+
+anatomy: $(VENV)/.run  ## see what the newest run's adapter learnt: a page, figures, numbers
+	$(RUN) -m train.anatomy $(ARGS)
+
+which: $(VENV)/.run  ## which weights to adapt? six runs at an equal number of parameters
+	for weights in q k v o qv qkvo; do $(RUN) -m train --recipe which-$$weights $(ARGS) || exit; done
 
 test: $(VENV)/.dev  ## run the tests
 	$(RUN) -m pytest $(ARGS)

@@ -1,10 +1,14 @@
 """The ledger: who trains, counted. The README's table stands on these numbers."""
 
+import dataclasses
+
 import torch
 
-from lora import count_parameters, inject, save_adapter
+from lora import count_parameters, eject, inject, save_adapter
 from lora.parameters import train_only
+from lora.tree import lora_layers
 from model import load_base
+from train.config import load_recipe
 
 
 def test_roberta_base_has_the_published_counts(tmp_path):
@@ -45,3 +49,18 @@ def test_frozen_weights_get_no_gradient(model, config, input_ids):
     trained = [p for p in model.parameters() if p.grad is not None]
     assert sum(p.numel() for p in trained) == count_parameters(model).trainable
     assert all(torch.isfinite(p.grad).all() for p in trained)
+
+
+def test_the_six_recipes_of_which_weights_spend_the_same():
+    """On other weights and at other ranks, with one scaling, so that the weights are all that differs."""
+    model, _ = load_base("random:minilm", num_labels=5)
+    scalings, settings = set(), set()
+    for name in ("q", "k", "v", "o", "qv", "qkvo"):
+        _, recipe = load_recipe(f"which-{name}")
+        inject(model, recipe.lora_config())
+        assert count_parameters(model).lora == 6 * 8 * (384 + 384) == 36_864
+        scalings |= {layer.scaling for layer in lora_layers(model).values()}
+        settings.add(dataclasses.replace(recipe, r=8, lora_alpha=16, target_modules=("query", "value")))
+        eject(model)
+    assert scalings == {2.0}
+    assert settings == {load_recipe("quickstart")[1]}

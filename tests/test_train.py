@@ -77,7 +77,8 @@ def test_the_learning_rate_warms_up_then_follows_a_cosine(run):
     rates = {line["step"]: line["learning_rate"] for line in lines if "learning_rate" in line}
     warm, total = 2, 21
     for step, rate in rates.items():
-        expected = 1e-2 * 0.5 * (1 + np.cos(np.pi * (step - warm) / (total - warm)))
+        cosine = 0.5 * (1 + np.cos(np.pi * (step - warm) / (total - warm)))
+        expected = 1e-2 * (step / warm if step < warm else cosine)
         assert rate == pytest.approx(expected, rel=1e-12, abs=1e-15)  # float64 arithmetic
 
 

@@ -57,7 +57,8 @@ class Recipe:
     validation_fraction: float = 0.1  # of the training rows; bbc has a fixed one
     early_stopping_epochs: int = 0  # epochs without a lower validation loss before stopping; 0: never
     checkpoint_every_steps: int = 200
-    log_every_steps: int = 10
+    log_every_steps: int = 10  # and the first one
+    telemetry: bool = True  # log sizes, ranks and gradients of each adapted layer as well
     max_train_examples: int = 0  # 0: all
 
     def __post_init__(self) -> None:

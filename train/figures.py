@@ -30,16 +30,20 @@ def draw_all(
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in (
-        ("curves", _curves(history, lines)),
-        ("confusion_matrix", _confusion(scores, labels)),
+        ("curves", draw_curves(history, lines)),
+        ("confusion_matrix", draw_confusion(scores, labels)),
         ("classification_report", _report(scores, labels)),
     ):
         figure.savefig(folder / f"{name}.png", dpi=140, bbox_inches="tight")
         plt.close(figure)
 
 
-def _curves(history: Sequence[dict[str, float]], lines: Sequence[dict[str, Any]]) -> Any:
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+def draw_curves(
+    history: Sequence[dict[str, float]], lines: Sequence[dict[str, Any]], stacked: bool = False
+) -> Any:
+    """Accuracy and loss by epoch, side by side or one above the other."""
+    shape, size = ((2, 1), (5.2, 5)) if stacked else ((1, 2), (10, 3.8))
+    figure, (left, right) = plt.subplots(*shape, figsize=size)
     epochs = [row["epoch"] for row in history]
     left.plot(epochs, [100 * row["val_accuracy"] for row in history], marker="o", color=_BLUE)
     left.set(xlabel="epoch", ylabel="accuracy, %", title="Validation accuracy")
@@ -59,7 +63,8 @@ def _curves(history: Sequence[dict[str, float]], lines: Sequence[dict[str, Any]]
     return figure
 
 
-def _confusion(scores: Scores, labels: tuple[str, ...]) -> Any:
+def draw_confusion(scores: Scores, labels: tuple[str, ...]) -> Any:
+    """Counts of true against predicted class, shaded by the share of the true class."""
     counts = scores.confusion
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = max(4.2, 1.1 * len(labels))

@@ -24,6 +24,7 @@ from torch import nn
 from lora import Ledger, count_parameters, inject
 from lora.files import tensor_bytes, write_atomically
 from lora.parameters import train_only
+from lora.tree import lora_layers
 from model import HEAD, load_base, speed_up
 from train.batches import Encoded, encode
 from train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
@@ -357,6 +358,7 @@ def _summary(
         "head_parameters": ledger.head,
         "trainable_parameters": ledger.trainable,
         "total_parameters": ledger.total,
+        "adapted_layers": list(lora_layers(trainer.model)) if recipe.method == "lora" else [],
         "adapter_bytes": trained_bytes,
         "train_examples": state.examples,
         "train_seconds": state.seconds,

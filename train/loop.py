@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import get_cosine_schedule_with_warmup
 
+from lora.tree import has_adapter
 from train.batches import Batch, Encoded, batches_by_length, collate, epoch_batches
 from train.config import Recipe
 from train.distributed import ALONE, World
 from train.hardware import autocast
 from train.metrics import Scores
+from train.telemetry import Telemetry
 
 
 class TrainingError(RuntimeError):
@@ -95,6 +97,7 @@ class Trainer:
         )
         # float16's gradients underflow; scaled losses keep them in range, and steps that overflow are skipped
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
+        self.telemetry = Telemetry(model) if recipe.telemetry and has_adapter(model) else None
         self.state = State()
         self.best: dict[str, Tensor] = {}
         self._loss_sum = torch.zeros((), device=device)  # over rows since the last logged step
@@ -112,8 +115,7 @@ class Trainer:
                 norm = self._step(batches[first : first + recipe.accumulation_steps])
                 state.step += 1
                 state.step_in_epoch += 1
-                due = state.step % recipe.log_every_steps == 0
-                line = self._line(norm) if due else None
+                line = self._line(norm) if self._is_logged(state.step) else None
                 state.seconds += time.perf_counter() - started
                 if state.step_in_epoch < self.steps_per_epoch:
                     yield line
@@ -151,6 +153,8 @@ class Trainer:
                 scaled.backward()  # type: ignore[no-untyped-call]
             step_loss += loss_sum.detach()
         self.scaler.unscale_(self.optimizer)
+        if self.telemetry and self._is_logged(state.step + 1):
+            self.telemetry.note_gradients()
         limit = recipe.max_gradient_norm or math.inf
         norm = nn.utils.clip_grad_norm_(self.trainable.values(), limit)
         self.scaler.step(self.optimizer)
@@ -218,6 +222,10 @@ class Trainer:
             'A lower learning_rate, max_gradient_norm above 0 or precision = "fp32" may help'
         )
 
+    def _is_logged(self, step: int) -> bool:
+        """The first step too: there B has a gradient and A has none."""
+        return step == 1 or step % self.recipe.log_every_steps == 0
+
     def _line(self, gradient_norm: Tensor) -> dict[str, Any]:
         """What is logged of the steps since the last line. Waits for the device."""
         self.check_finite()
@@ -230,6 +238,7 @@ class Trainer:
             "loss": loss,
             "learning_rate": self.scheduler.get_last_lr()[0],
             "gradient_norm": float(gradient_norm),
+            **(self.telemetry.line() if self.telemetry else {}),
         }
 
     def _finish_epoch(self) -> dict[str, Any]:

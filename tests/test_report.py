@@ -1,0 +1,277 @@
+"""The anatomy command on tiny runs: what it leaves, what it refuses, and the page in a real browser."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from browser import CHROMIUM, Browser
+
+from train.anatomy import __main__ as command
+from train.anatomy.report import study
+from train.anatomy.subject import Place, load_subject, place
+from train.config import Recipe
+from train.job import run_job
+
+SCRIPT = "<script>fetch('http://example.invalid/')</script>"
+
+
+@pytest.fixture(scope="module")
+def recipe(hub_folder, csv_folder):
+    return Recipe(
+        model=str(hub_folder), data=str(csv_folder), r=3, epochs=2, batch_size=8, learning_rate=1e-2,
+        max_length_tokens=16, validation_fraction=0.25, precision="fp32", device="cpu", base_dropout=0.0,
+        log_every_steps=2,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(recipe, tmp_path_factory):
+    """The run to look at, and others from the same start."""
+    folder = tmp_path_factory.mktemp("anatomy")
+    changes = {
+        "run": {"epochs": 1, "learning_rate": 1e-3},  # makes mistakes
+        "rank": {"r": 5},
+        "seed": {"seed": 1},
+        "which": {"target_modules": ("key",)},
+        "full": {"method": "full"},
+    }
+    for name, change in changes.items():
+        run_job(name, dataclasses.replace(recipe, **change), folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(runs):
+    """The folder that the command leaves, everything asked for; with a text that wants to be markup."""
+    arguments = [str(runs / "run"), "--against", *(str(runs / name) for name in ("rank", "seed", "which"))]
+    before = {path: path.read_bytes() for path in (runs / "run").rglob("*") if path.is_file()}
+    assert command.main([*arguments, "--full", str(runs / "full"), "--text", f"late goal {SCRIPT}"]) == 0
+    assert {path: path.read_bytes() for path in before} == before  # it only adds
+    return runs / "run" / "anatomy"
+
+
+@pytest.fixture(scope="module")
+def facts(report):
+    return json.loads((report / "anatomy.json").read_text())
+
+
+def test_the_numbers_are_those_of_numpy_on_the_files(runs, facts, hub_folder):
+    """From the saved adapter and the base model's file, with another library, to 1e-6 of the largest."""
+    weights = safetensors.torch.load_file(hub_folder / "model.safetensors")
+    adapter = safetensors.torch.load_file(runs / "run" / "adapter" / "adapter_model.safetensors")
+    assert len(facts["layers"]) == 4
+    for name, layer in facts["layers"].items():
+        W = weights[name.removeprefix("roberta.") + ".weight"].double().numpy()
+        A, B = (adapter[f"base_model.model.{name}.lora_{X}.weight"].double().numpy() for X in "AB")
+        delta = 16 / 3 * B @ A
+        S = np.linalg.svd(delta, compute_uv=False)[:3]
+        assert S[0] > 1e-4
+        U, _, Vh = np.linalg.svd(delta)
+        p = S / S.sum()
+        base_U, base_S, _ = np.linalg.svd(W)
+        tuned_U = np.linalg.svd(W + delta)[0]
+        wanted = {
+            "singular_values": S,
+            "delta_norm": np.linalg.norm(delta),
+            "weight_norm": np.linalg.norm(W),
+            "delta_over_weight": np.linalg.norm(delta) / np.linalg.norm(W),
+            "norm_A": np.linalg.norm(A),
+            "norm_B": np.linalg.norm(B),
+            "effective_rank": np.exp(-(p * np.log(p)).sum()),
+            "stable_rank": (S**2).sum() / S[0] ** 2,
+            "projected_on_delta": np.linalg.norm(U[:, :3].T @ W @ Vh[:3].T),
+            "projected_on_weight": np.linalg.norm(base_S[:3]),
+            "projected_on_random": 3 * np.linalg.norm(W) / 32,
+            "amplification": np.linalg.norm(delta) / np.linalg.norm(U[:, :3].T @ W @ Vh[:3].T),
+            "nearest_cosines": np.abs(tuned_U[:, :10].T @ base_U).max(axis=1),
+        }
+        for key, value in wanted.items():
+            assert np.abs(np.asarray(layer[key]) - value).max() <= 1e-6 * np.abs(value).max(), (name, key)
+
+
+def test_similarity_full_update_and_experiments_against_other_ways_to_the_same(runs, facts, report):
+    name = "roberta.encoder.layer.0.attention.self.query"
+    key = f"base_model.model.{name}.lora_A.weight"
+    mine, theirs = (
+        np.linalg.svd(
+            safetensors.torch.load_file(runs / run / "adapter" / "adapter_model.safetensors")[key]
+            .double()
+            .numpy(),
+            full_matrices=False,
+        )[2]
+        for run in ("run", "rank")
+    )
+    similarity = {other["name"]: other for other in facts["similarity"]}
+    assert list(similarity) == ["rank", "seed"]  # "which" adapts other weights
+    phi = similarity["rank"]["layers"][name]["phi"]
+    assert np.shape(phi) == (3, 5)
+    assert phi[1][3] == pytest.approx(np.linalg.norm(mine[:2] @ theirs[:4].T) ** 2 / 2, rel=1e-6)
+    # one seed draws A row by row: the three rows of r = 3 are the first three of r = 5
+    assert similarity["rank"]["layers"][name]["phi_start"][-1][-1] == pytest.approx(1, rel=1e-6)
+    assert similarity["seed"]["layers"][name]["phi_start"][-1][-1] < 0.5
+
+    full = load_subject(runs / "full", "full")
+    update = full.trained.model.get_parameter(f"{name}.weight").detach().double()
+    update = (update - load_subject(runs / "run").layers[name].weight.double()).numpy()
+    S = np.linalg.svd(update, compute_uv=False)
+    energies = facts["full"]["layers"][name]["energy"]
+    assert np.abs(energies - np.cumsum(S**2) / (S**2).sum()).max() <= 1e-6
+
+    experiments = facts["experiments"]
+    assert experiments["whole"]["accuracy"] == facts["run"]["test_accuracy"]
+    assert [row["rank"] for row in experiments["truncated"]] == [0, 1, 2, 3]
+    assert experiments["truncated"][0] == {"rank": 0, **experiments["off"]}
+    assert [row["factor"] for row in experiments["scaled"]][:2] == [-1, 0]
+    assert experiments["off"]["loss"] != experiments["whole"]["loss"]
+    assert experiments["without_block"].keys() == experiments["only_block"].keys() == {"0", "1"}
+    # of two blocks, one switched off is the other alone
+    assert experiments["without_block"]["0"] == experiments["only_block"]["1"]
+    last = facts["full"]["truncated"][-1]
+    assert last["rank"] is None
+    assert last["accuracy"] == json.loads((runs / "full" / "summary.json").read_text())["test_accuracy"]
+    whole_rank = facts["full"]["truncated"][-2]  # 64, and no matrix here is larger than 32 x 64
+    assert whole_rank["loss"] == pytest.approx(last["loss"], rel=1e-5)  # rounded to float32 once more
+    assert facts["full"]["truncated"][0]["loss"] != pytest.approx(last["loss"], rel=1e-3)
+
+
+def test_how_far_a_moved_is_counted_from_its_own_start(recipe, tmp_path):
+    """With a learning rate of nothing, A is where the seed put it."""
+    still = dataclasses.replace(recipe, learning_rate=1e-30, weight_decay=0.0, epochs=1, seed=3)
+    run_job("still", still, tmp_path / "still")
+    for layer in load_subject(tmp_path / "still").layers.values():
+        assert torch.equal(layer.lora_A, layer.start_A)
+
+
+def test_the_page_holds_everything_and_asks_for_nothing(report, facts):
+    page = (report / "report.html").read_text()
+    assert SCRIPT not in page
+    assert "&lt;script&gt;fetch(" in page
+    assert facts["mistakes"]
+    for item in facts["mistakes"]:
+        assert item["text"][:20] in page
+        assert item["probability"] >= item["probability_of_true"]
+    sure = [item["probability"] for item in facts["mistakes"]]
+    assert sure == sorted(sure, reverse=True)
+    names = {path.name for path in report.iterdir()}
+    figures = [name for name in names if name.endswith(".png") and not name.endswith("-dark.png")]
+    assert len(figures) >= 20
+    assert all(name.replace(".png", "-dark.png") in names for name in figures)
+    assert page.count("data:image/png;base64,") == 2 * len(figures)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_the_page_in_a_browser(report, tmp_path):
+    """Every figure visible in both schemes and on a phone's width; no error, and no request leaves."""
+    shots = Path(os.environ.get("SCREENSHOTS", tmp_path))
+    with Browser(tmp_path / "profile") as browser:
+        for width, height, scheme in ((1200, 900, "light"), (390, 844, "dark")):
+            browser.show(width, height, scheme)
+            browser.open((report / "report.html").as_uri())
+            images = browser.ask(
+                "Promise.all([...document.images].map(image => image.decode().then(() => {"
+                "const box = image.getBoundingClientRect();"
+                "return [image.alt, image.naturalWidth, box.width, box.height, box.left, box.right,"
+                " image.currentSrc === image.src]})))"
+            )
+            assert len(images) >= 20
+            for alt, natural, wide, high, left, right, is_light in images:
+                assert alt
+                assert natural > 300
+                assert wide > 200, alt
+                assert high > 100, alt
+                assert left >= 0, alt
+                assert right <= width, alt
+                assert is_light == (scheme == "light"), alt
+            assert browser.ask("document.documentElement.scrollWidth") <= width  # nothing to scroll sideways
+            background = browser.ask("getComputedStyle(document.body).backgroundColor")
+            assert background == {"light": "rgb(246, 248, 250)", "dark": "rgb(13, 17, 23)"}[scheme]
+            browser.screenshot(shots / f"report-{width}-{scheme}.png")
+    kinds = {event["method"] for event in browser.events}
+    assert "Network.requestWillBeSent" in kinds  # the page itself: so requests are seen
+    asked = [
+        e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"
+    ]
+    assert {url.split(":")[0] for url in asked} <= {"file", "data"}
+    assert sum(url.startswith("file:") for url in asked) == 2
+    assert not [e for e in browser.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+    assert not [e for e in browser.events if e["method"] == "Runtime.consoleAPICalled"]
+
+
+def test_without_its_data_a_run_still_shows_its_matrices(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train.anatomy.report.draw_figures", lambda *_: {})
+    shutil.copytree(runs / "run", tmp_path / "run")
+    config = (tmp_path / "run" / "config.toml").read_text().splitlines()
+    lost = "\n".join('data = "no/such/folder"' if line.startswith("data =") else line for line in config)
+    (tmp_path / "run" / "config.toml").write_text(lost)
+    assert command.main([str(tmp_path / "run")]) == 0
+    assert "matrix parts only" in capsys.readouterr().err
+    facts = json.loads((tmp_path / "run" / "anatomy" / "anatomy.json").read_text())
+    assert facts["layers"]
+    assert facts["experiments"] is facts["trace"] is None
+    page = study(runs / "run", matrix_only=True)
+    assert "Which part does the work?" not in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere: there is no such folder"),
+        (["."], "not a run (no config.toml)"),
+        (["full"], "full: its method is full; only a LoRA run has an adapter to look at"),
+        (["unfinished"], "the run is not finished; `python -m train --resume --output"),
+        (["damaged"], "summary.json: damaged"),
+        (["run", "--full", "seed"], "seed: its method is lora; --full takes a run with method=full"),
+        (["run", "--against", "full"], "full: its method is full"),
+        (["run", "--against", "run"], "that is the run itself"),
+        (["run", "--against", "other"], "other: its model is"),
+        (["run", "--text", " "], "--text is empty"),
+    ],
+)
+def test_the_command_says_what_is_wrong(runs, recipe, tmp_path, capsys, monkeypatch, arguments, message):
+    folder = tmp_path / "runs"
+    shutil.copytree(runs, folder)
+    shutil.copytree(folder / "run", folder / "unfinished")
+    (folder / "unfinished" / "summary.json").unlink()
+    shutil.copytree(folder / "run", folder / "damaged")
+    (folder / "damaged" / "summary.json").write_text("{")
+    shutil.copytree(folder / "run", folder / "other")
+    shutil.copytree(recipe.model, tmp_path / "base")
+    for name in ("config.toml", "adapter/adapter_config.json"):
+        text = (folder / "other" / name).read_text()
+        (folder / "other" / name).write_text(text.replace(recipe.model, str(tmp_path / "base")))
+    monkeypatch.chdir(folder)
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_the_newest_run_is_the_one_that_finished_last(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert command.main([]) == 2
+    assert "no finished LoRA run in it" in capsys.readouterr().err
+    shutil.copytree(runs, tmp_path / "runs")
+    for age, name in enumerate(("full", "seed", "run", "rank", "which")):
+        os.utime(tmp_path / "runs" / name / "summary.json", (1e9 - age, 1e9 - age))
+    assert command._newest(Path("runs")) == Path("runs/seed")  # a full run has no adapter
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("roberta.encoder.layer.3.attention.self.query", Place(3, "query")),
+        ("roberta.encoder.layer.11.attention.output.dense", Place(11, "attention output")),
+        ("roberta.encoder.layer.0.intermediate.dense", Place(0, "intermediate")),
+        ("model.layers.2.q_proj", Place(2, "q_proj")),
+        ("pooler", Place(-1, "pooler")),
+    ],
+)
+def test_a_layers_name_says_where_it_stands(name, wanted):
+    assert place(name) == wanted
