@@ -114,10 +114,10 @@ def batches_by_length(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
 
 
-def collate(encoded: Encoded, rows: np.ndarray, pad_token_id: int) -> Batch:
-    """The given rows, padded at the end to the longest of them."""
+def collate(encoded: Encoded, rows: np.ndarray, pad_token_id: int, length: int = 0) -> Batch:
+    """The given rows, padded at the end to the longest of them, or to `length` tokens if that is longer."""
     lengths = encoded.offsets[rows + 1] - encoded.offsets[rows]
-    input_ids = np.full((len(rows), int(lengths.max())), pad_token_id, dtype=np.int64)
+    input_ids = np.full((len(rows), max(length, int(lengths.max()))), pad_token_id, dtype=np.int64)
     for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         start = encoded.offsets[row]
         input_ids[at, :length] = encoded.tokens[start : start + length]

@@ -51,6 +51,7 @@ class Recipe:
     max_length_tokens: int = 128
 
     gradient_checkpointing: bool = False  # keep a layer's input alone and compute the rest twice: less memory
+    compile: bool = False  # torch.compile, over a few padded lengths: unmeasured, for want of a GPU, so off
     precision: str = "auto"  # auto | fp32 | bf16 | fp16
     device: str = "auto"  # auto | cpu | cuda | cuda:N
     deterministic: bool = False  # on CUDA the same bits every time, slower; the CPU always gives them

@@ -11,7 +11,7 @@ import platform
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from torch import nn
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lora import Ledger, count_parameters, inject
 from lora.files import tensor_bytes, write_atomically
@@ -30,7 +31,7 @@ from train.batches import Encoded, encode
 from train.checkpoint import CheckpointError, list_checkpoints, load_checkpoint, save_checkpoint
 from train.config import Recipe, RecipeError
 from train.console import Console, Silence
-from train.data import DataError, load_news
+from train.data import DataError, News, load_news
 from train.distributed import World, join_world, local_rank
 from train.figures import draw_all
 from train.hardware import (
@@ -84,23 +85,7 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
     set_deterministic(recipe, device)
 
     news = load_news(recipe.data, recipe.validation_fraction, recipe.seed, recipe.max_train_examples)
-    model, tokenizer = load_base(
-        recipe.model,
-        num_labels=len(news.labels),
-        labels=news.labels,
-        dropout=recipe.base_dropout,
-        seed=recipe.seed,
-    )
-    if tokenizer is None:
-        raise DataError(f"{recipe.model} comes with no tokenizer, so there is no training it on text")
-    longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
-    if recipe.max_length_tokens > longest:
-        raise RunError(
-            f"max_length_tokens: {recipe.max_length_tokens}, and {recipe.model} reads {longest} at most"
-        )
-    ledger = _choose_what_trains(model, recipe)
-    if recipe.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model, tokenizer, ledger = _make_model(recipe, news)
     identity = {
         "recipe": recipe.to_toml(),
         "data": news.digest(),
@@ -126,7 +111,7 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
         console = (
             Console(folder / METRICS, total, state.examples, state.log_lines) if world.main else Silence()
         )
-        try:
+        with closing(console):
             processes = f", {world.size} processes" if world.size > 1 else ""
             place = f"{precision} on {device_name(device)}{processes}"
             console.say(f"{name}: {recipe.model} on {recipe.data}, {recipe.method}, {place}")
@@ -136,24 +121,54 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
                 where = f"after step {state.step}" if resumed else "at step 0: there is no checkpoint yet"
                 console.say(f"resuming {where}")
             _train(trainer, console, folder, identity)
-        finally:
-            console.close()
 
         trainer.restore_best()
         # The one use of the test split: after training, by the epoch that validation chose.
         logits = predict_logits(model, test, 2 * recipe.batch_size, pad, device, precision, world)
-        scores = Scores.of(test.labels, logits.argmax(1).numpy(), len(news.labels))
-        summary: dict[str, Any] = {}
-        if world.main:
-            trained_bytes = save_trained(model, folder, recipe, news.labels)
-            _save_predictions(folder / PREDICTIONS, test.labels, logits.argmax(1).numpy(), news.labels)
-            summary = _summary(name, trainer, ledger, scores, news.labels, trained_bytes)
-            lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-            draw_all(folder / "figures", state.history, lines, scores, news.labels)
-            # Last of all: a folder with a summary is a finished run.
-            write_atomically(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+        summary = (
+            _leave(name, trainer, ledger, news.labels, test.labels, logits, folder) if world.main else {}
+        )
         world.wait()
         return Result(summary)
+
+
+def _make_model(recipe: Recipe, news: News) -> tuple[PreTrainedModel, Any, Ledger]:
+    """The model with what trains marked, its tokenizer, and its parameters counted."""
+    model, tokenizer = load_base(
+        recipe.model,
+        num_labels=len(news.labels),
+        labels=news.labels,
+        dropout=recipe.base_dropout,
+        seed=recipe.seed,
+    )
+    if tokenizer is None:
+        raise DataError(f"{recipe.model} comes with no tokenizer, so there is no training it on text")
+    longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
+    if recipe.max_length_tokens > longest:
+        raise RunError(
+            f"max_length_tokens: {recipe.max_length_tokens}, and {recipe.model} reads {longest} at most"
+        )
+    ledger = _choose_what_trains(model, recipe)
+    if recipe.gradient_checkpointing:
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    return model, tokenizer, ledger
+
+
+def _leave(
+    name: str, trainer: Trainer, ledger: Ledger, labels: tuple[str, ...], truth: np.ndarray, logits: Tensor,
+    folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """Saves what was trained, what it says of the test split, the figures and the summary; the summary."""
+    predicted = logits.argmax(1).numpy()
+    scores = Scores.of(truth, predicted, len(labels))
+    trained_bytes = save_trained(trainer.model, folder, trainer.recipe, labels)
+    _save_predictions(folder / PREDICTIONS, truth, predicted, labels)
+    summary = _summary(name, trainer, ledger, scores, labels, trained_bytes)
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    draw_all(folder / "figures", trainer.state.history, lines, scores, labels)
+    # Last of all: a folder with a summary is a finished run.
+    write_atomically(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+    return summary
 
 
 def _save_predictions(path: Path, truth: np.ndarray, predicted: np.ndarray, labels: tuple[str, ...]) -> None:

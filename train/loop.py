@@ -27,6 +27,8 @@ from train.hardware import autocast
 from train.metrics import Scores
 from train.telemetry import Telemetry
 
+_COMPILED_LENGTHS = 32  # rows are padded to a multiple of so many tokens where a model is compiled
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says at which steps, and why."""
@@ -75,7 +77,9 @@ class Trainer:
         world: World = ALONE,
     ):
         self.model, self.recipe, self.world = model, recipe, world
-        self.forward = model if world.size == 1 else DistributedDataParallel(model)
+        self.parallel = model if world.size == 1 else DistributedDataParallel(model)
+        # One graph for each shape: shapes that vary freely make slower ones.
+        self.forward = torch.compile(self.parallel, dynamic=False) if recipe.compile else self.parallel
         self.train_rows, self.validation_rows = train, validation
         self.pad_token_id, self.device, self.precision = pad_token_id, device, precision
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -142,11 +146,11 @@ class Trainer:
             self._count(rows, shares)
             # DistributedDataParallel wants a forward from everyone: one without rows lends one, unweighed.
             mine = shares[world.rank]
-            batch = collate(self.train_rows, mine if len(mine) else rows[:1], self.pad_token_id).to(
-                self.device
-            )
+            mine = mine if len(mine) else rows[:1]
+            length = self._padded_length(mine)
+            batch = collate(self.train_rows, mine, self.pad_token_id, length).to(self.device)
             with self._synchronised(part == len(group) - 1):
-                loss_sum = self._loss(batch) * float(len(mine) > 0)
+                loss_sum = self._loss(batch) * float(len(shares[world.rank]) > 0)
                 # Divided by the group's rows, so that a short last group is still a mean over its rows;
                 # times the processes, over which DistributedDataParallel takes the mean.
                 scaled = self.scaler.scale(loss_sum * (world.size / rows_in_group))
@@ -184,8 +188,8 @@ class Trainer:
 
     def _synchronised(self, last: bool) -> AbstractContextManager[object]:
         """Gradients are added up over the processes at a group's last batch alone."""
-        if isinstance(self.forward, DistributedDataParallel) and not last:
-            return self.forward.no_sync()
+        if isinstance(self.parallel, DistributedDataParallel) and not last:
+            return self.parallel.no_sync()
         return contextlib.nullcontext()
 
     def _count(self, rows: np.ndarray, shares: list[np.ndarray]) -> None:
@@ -193,8 +197,15 @@ class Trainer:
         self.state.examples += len(rows)
         self.state.tokens += int(lengths[rows].sum())
         self.state.padded_tokens += sum(
-            len(share) * int(lengths[share].max()) for share in shares if len(share)
+            len(share) * self._padded_length(share) for share in shares if len(share)
         )
+
+    def _padded_length(self, rows: np.ndarray) -> int:
+        """What these rows of the training part are padded to, in tokens."""
+        longest = int(self.train_rows.lengths[rows].max())
+        if not self.recipe.compile:
+            return longest
+        return min(-(-longest // _COMPILED_LENGTHS) * _COMPILED_LENGTHS, self.recipe.max_length_tokens)
 
     def check_finite(self) -> None:
         """Looks at the steps since the last look: was every loss and gradient finite? Waits for the device.
