@@ -31,7 +31,7 @@ SETTINGS = {"model": "minilm", "epochs": 3, "batch_size": 32, "max_length_tokens
 RATES = {
     "full": (3e-5, 6e-5, 1.2e-4, 2.4e-4),
     "lora": (1e-3, 2e-3, 4e-3, 8e-3),
-    "head": (1e-3, 2e-3, 4e-3, 8e-3),
+    "head": (2e-3, 4e-3, 8e-3, 1.6e-2),
 }
 TUNED_RANK = 8
 QUERY_VALUE = ("query", "value")

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import tiny_roberta
 
-from bench import growth, inference
+from bench import growth, inference, peers
 from bench.__main__ import ALL, PARTS, main
 from bench.readme import README, RESULTS, names, rewritten
 from bench.steps import (
@@ -285,3 +285,31 @@ def test_a_table_is_markdown_and_lines_up():
     lines = markdown([["", "one"], ["a", "1"], ["long", "1,000"]]).splitlines()
     assert lines == ["|      |   one |", "| ---- | ----: |", "| a    |     1 |", "| long | 1,000 |"]
     assert len({len(line) for line in lines}) == 1
+
+
+# --- the rivals --------------------------------------------------------------------------------------
+
+
+def test_a_rival_that_is_not_installed_is_left_out_by_name(monkeypatch, capsys):
+    monkeypatch.setattr(peers, "installed", list)
+    result = peers.run(quick=True)
+    assert {"peft is not installed, so it is left out", "loralib is not installed, so it is left out"} <= {
+        line.removeprefix("peers: ") for line in capsys.readouterr().err.splitlines()
+    }
+    for row in result["rows"]:
+        assert set(row["memory_bytes"]) == set(row["milliseconds"]) - {"products"} == {"lora", "full"}
+        lora, full = (row["milliseconds"][kind]["median"] for kind in ("lora", "full"))
+        assert row["over_ours"]["full"] == pytest.approx(full / lora, rel=1e-2)  # of rounded milliseconds
+    assert "PEFT" not in peers.table({"device": "a CPU", **result})
+
+
+def test_the_original_needs_its_own_packages(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="peft is not installed.*make bench-original"):
+        PARTS["original"].run(quick=True)
+
+
+def test_data_is_for_the_parts_that_read_news(capsys):
+    with pytest.raises(SystemExit):
+        main(["memory", "--data", "somewhere"])
+    assert "--data goes with original and accuracy, not with memory" in capsys.readouterr().err
