@@ -30,7 +30,10 @@ anatomy: $(VENV)/.run  ## see what the newest run's adapter learnt: a page, figu
 	$(RUN) -m train.anatomy $(ARGS)
 
 which: $(VENV)/.run  ## which weights to adapt? six runs at an equal number of parameters
-	for weights in q k v o qv qkvo; do $(RUN) -m train --recipe which-$$weights $(ARGS) || exit; done
+	for weights in q k v o qv qkvo; do \
+	  [ -f runs/which-$$weights/summary.json ] || $(RUN) -m train --recipe which-$$weights \
+	    $$([ -d runs/which-$$weights ] && echo --resume) $(ARGS) || exit; \
+	done
 
 test: $(VENV)/.dev  ## run the tests
 	$(RUN) -m pytest $(ARGS)

@@ -22,12 +22,20 @@ from tqdm import tqdm
 from bench import draw
 from bench.significance import mcnemar, mean_and_interval
 from bench.tables import markdown, mebibytes, prose
+from train.config import load_recipe
 from train.job import PREDICTIONS
-from train.runs import CONFIG, SUMMARY
+from train.runs import CONFIG, SUMMARY, run_recipe
 
 RUNS = Path("runs/accuracy")
 SEEDS = (0, 1, 2)
-SETTINGS = {"model": "minilm", "epochs": 3, "batch_size": 32, "max_length_tokens": 64, "lora_alpha": 16}
+SETTINGS: dict[str, Any] = {
+    "model": "minilm",
+    "epochs": 3,
+    "batch_size": 32,
+    "max_length_tokens": 64,
+    "lora_alpha": 16,
+    "telemetry": False,
+}
 RATES = {
     "full": (3e-5, 6e-5, 1.2e-4, 2.4e-4),
     "lora": (1e-3, 2e-3, 4e-3, 8e-3),
@@ -78,8 +86,11 @@ class Cell:
     def finish(self) -> dict[str, Any]:
         """The run's summary; runs it, or goes on with it, where there is none yet.
 
-        Raises RuntimeError with the run's own message where it fails.
+        Raises RuntimeError with the run's own message where it fails, or if other settings were run there.
         """
+        wanted = load_recipe("quickstart", self.settings())[1]
+        if (self.folder / CONFIG).is_file() and run_recipe(self.folder) != wanted:
+            raise RuntimeError(f"{self.folder}: a run of other settings; remove it to run the cell anew")
         if not (self.folder / SUMMARY).is_file():
             command = [sys.executable, "-m", "train", "--recipe", "quickstart", "--output", str(self.folder)]
             for key, value in self.settings().items():
@@ -88,7 +99,8 @@ class Cell:
                 command.append("--resume")
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
-                raise RuntimeError(f"{self.folder}: {done.stderr.strip().splitlines()[-1]}")
+                said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+                raise RuntimeError(f"{self.folder}: {said[-1]}")
         return dict(json.loads((self.folder / SUMMARY).read_text()))
 
     def settings(self) -> dict[str, Any]:
@@ -121,7 +133,7 @@ def run(quick: bool, data: str | None = None) -> dict[str, Any]:
     return {
         "settings": SETTINGS,
         "candidate_rates": RATES,
-        "precision": sets[0].pop("precision"),
+        "precision": sets[0]["precision"],
         "sets": sets,
     }
 
@@ -160,7 +172,8 @@ def _set_table(found: dict[str, Any], result: dict[str, Any]) -> list[str]:
         f"{found['data']}: {found['test_articles']:,} test articles; {settings['model']},"
         f" {settings['max_length_tokens']} tokens an article, {settings['epochs']} epochs,"
         f" {result['precision']}, {result['device']}. Mean of {len(SEEDS)} seeds with its 95% interval"
-        " (Student's t); McNemar's exact test on the same articles, a p a seed."
+        " (Student's t), for the noise of seeds alone: the test articles are the same for all. McNemar's"
+        " exact test on those articles, a p a seed."
     )
     return [prose(words), markdown(lines), prose(_verdict(found))]
 
@@ -209,7 +222,6 @@ def figures(result: dict[str, Any], folder: Path) -> None:
                     )
         axis.set_xscale("log")
         axis.set(xlabel="trained parameters", ylabel="test accuracy, %", title=found["data"])
-        axis.legend(frameon=False, fontsize=8)
     draw.save(figure, folder / "accuracy.png")
 
 

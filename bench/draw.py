@@ -24,11 +24,14 @@ def panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, A
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes the figure, its first panel's legend (if any) below it, and lets go of it."""
+    """Writes the figure, one legend of all its panels (if any) below it, and lets go of it."""
     figure.tight_layout()
-    handles, names = figure.axes[0].get_legend_handles_labels()
-    if handles:
+    found = [axis.get_legend_handles_labels() for axis in figure.axes]
+    entries = {name: handle for handles, names in found for handle, name in zip(handles, names, strict=True)}
+    if entries:
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
-        figure.legend(handles, names, frameon=False, fontsize=8, ncols=len(names), **place)
+        figure.legend(
+            entries.values(), entries.keys(), frameon=False, fontsize=8, ncols=len(entries), **place
+        )
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

@@ -117,7 +117,8 @@ def figures(result: dict[str, Any], folder: Path) -> None:
 
 
 def _base(model_name: str, device: torch.device) -> Any:
-    return load_base(model_name, num_labels=CLASSES)[0].to(device)
+    # Frozen, as it is under an adapter: then speed_up gives its weights their 16-bit copies too.
+    return load_base(model_name, num_labels=CLASSES)[0].to(device).requires_grad_(False)
 
 
 def _adapted(model_name: str, device: torch.device, seed: int) -> Any:

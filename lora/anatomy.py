@@ -40,7 +40,9 @@ def svd(M: Tensor) -> Svd:
 
 @torch.no_grad()
 def delta_svd(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Svd:
-    """ΔW = s·B·A decomposed, without ever forming it: lora_A (r, in), lora_B (out, r), k = r.
+    """ΔW = s·B·A decomposed, without ever forming it: lora_A (r, in), lora_B (out, r).
+
+    k = r, which must not exceed in or out.
 
     With B = Q_B·R_B and Aᵀ = Q_A·R_A, ΔW = Q_B·(s·R_B·R_Aᵀ)·Q_Aᵀ: the singular values are those of the
     r x r core in the middle, and its singular vectors turned by Q_B and Q_A are ΔW's. QR and SVD are both
@@ -162,10 +164,14 @@ def amplification(delta: Svd, weight: Tensor) -> float:
 
 @torch.no_grad()
 def captured_energy(M: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """‖U_kᵀ·M·V_k‖_F² / ‖M‖_F² for k = 1, 2, …, (K,): the share of M inside another matrix' directions."""
+    """‖U_kᵀ·M·V_k‖_F² / ‖M‖_F² for k = 1, 2, …, (K,): the share of M inside another matrix' directions.
+
+    Zeros for M = 0.
+    """
     K = min(U.shape[1], V.shape[1])
     inside = (U[:, :K].double().T @ M.double() @ V[:, :K].double()).square()
-    return inside.cumsum(0).cumsum(1).diagonal() / M.double().square().sum()
+    total = M.double().square().sum()
+    return inside.cumsum(0).cumsum(1).diagonal() / (total if total > 0 else 1)
 
 
 @torch.no_grad()

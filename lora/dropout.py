@@ -3,7 +3,7 @@
 On the CPU torch draws a float at a time for dropout, on one thread. Here the elements are numbered from
 a start that torch's default generator draws, and a hash of the number, vectorised and on every thread,
 gives four elements their bits: an element is dropped when its 15 are below round(p·2¹⁵), so it is dropped
-with a probability within 2⁻¹⁶ (1.6e-5) of p. On other devices torch's own kernel draws.
+with a probability within 2⁻¹⁶ (1.5e-5) of p. On other devices torch's own kernel draws.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ autocast casts it, and the scaled products. What backward needs is less, with g 
 
     ∂L/∂B = s·gᵀ·(A·m(x))           keeps the thin product A·m(x), (n, r)
     ∂L/∂A = s·(B·gᵀ)·m(x)           keeps x, (n, in): one tensor for query, key and value
-    ∂L/∂x = W·g + m(s·A·B·g)        keeps the mask, one bit an element, and W itself, no copy
+    ∂L/∂x = W·g + m(s·A·B·g)        keeps the mask, a bit an element (CUDA: a byte), and W itself, no copy
 
 W and b are frozen and get no gradient; ∂L/∂x is left out where nobody needs it. Everything thin is
 multiplied first (n·r numbers, not n·in), the order that is cheapest for any r below in and out

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -70,6 +71,7 @@ class _Dropout(torch.autograd.Function):
         return zero_dropped(x, keep).mul_(1 / (1 - p))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         keep = unpack(ctx.saved_tensors[0], grad.shape)
         return zero_dropped(grad, keep).mul(1 / (1 - ctx.p)), None
@@ -128,6 +130,7 @@ class _Attention(torch.autograd.Function):
         return (out.mul_(1 / (1 - p)) if p else out).view(q.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled_q, heads_k, heads_v, probabilities, packed = ctx.saved_tensors
         g = _heads(grad, 1 / (1 - ctx.p))

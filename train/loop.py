@@ -27,6 +27,7 @@ from train.hardware import autocast
 from train.metrics import Scores
 from train.telemetry import Telemetry
 
+_MOST_GRAPHS = 128  # 16 lengths up to 512 tokens; whole batches, an epoch's short last one, eval modes
 _COMPILED_LENGTHS = 32  # rows are padded to a multiple of so many tokens where a model is compiled
 
 
@@ -80,6 +81,8 @@ class Trainer:
         self.parallel = model if world.size == 1 else DistributedDataParallel(model)
         # One graph for each shape: shapes that vary freely make slower ones.
         self.forward = torch.compile(self.parallel, dynamic=False) if recipe.compile else self.parallel
+        if recipe.compile:  # torch gives up after 8 graphs, without a word but a warning
+            torch._dynamo.config.recompile_limit = _MOST_GRAPHS
         self.train_rows, self.validation_rows = train, validation
         self.pad_token_id, self.device, self.precision = pad_token_id, device, precision
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -240,6 +243,7 @@ class Trainer:
     def _line(self, gradient_norm: Tensor) -> dict[str, Any]:
         """What is logged of the steps since the last line. Waits for the device."""
         self.check_finite()
+        norm = float(gradient_norm)
         loss = float(self._loss_sum) / self._rows
         self._loss_sum.zero_()
         self._rows = 0
@@ -248,7 +252,7 @@ class Trainer:
             "epoch": round(self.state.epoch + self.state.step_in_epoch / self.steps_per_epoch, 4),
             "loss": loss,
             "learning_rate": self.scheduler.get_last_lr()[0],
-            "gradient_norm": float(gradient_norm),
+            "gradient_norm": norm if math.isfinite(norm) else None,  # of a step that float16 skipped
             **(self.telemetry.line() if self.telemetry else {}),
         }
 

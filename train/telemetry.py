@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from lora.anatomy import effective_rank, singular_values_from_grams
 from lora.tree import lora_layers
+from train.hardware import one_thread
 
 
 class Telemetry:
@@ -38,21 +37,23 @@ class Telemetry:
 
         ΔW is the one after the step, the gradients are those that the step was made of. A's are zero until
         B has moved: in the first step, and under a warm-up, which starts from a rate of 0, in the second.
+        Nothing of a step whose numbers are not all finite, as float16's scaler finds some.
         """
         parts = [self._gradients.double()]
         for layer in self.layers:
             A, B = layer.lora_A.double(), layer.lora_B.double()
             parts += [(A @ A.T).flatten(), (B.T @ B).flatten()]
         values = torch.cat(parts).cpu()  # one wait for all of them
+        if not values.isfinite().all():
+            return {}
         gradients, rest = values[: 2 * len(self.layers)], values[2 * len(self.layers) :]
         sizes, ranks = [], []
-        for layer, weight_norm in zip(self.layers, self._weight_norms, strict=True):
-            grams, rest = rest[: 2 * layer.r**2].view(2, layer.r, layer.r), rest[2 * layer.r**2 :]
-            singular_values = torch.full((layer.r,), math.nan)  # as it is when the next step finds it out
-            if grams.isfinite().all():
+        with one_thread():
+            for layer, weight_norm in zip(self.layers, self._weight_norms, strict=True):
+                grams, rest = rest[: 2 * layer.r**2].view(2, layer.r, layer.r), rest[2 * layer.r**2 :]
                 singular_values = layer.scaling * singular_values_from_grams(grams[0], grams[1])
-            sizes.append(float(singular_values.norm()) / weight_norm)
-            ranks.append(effective_rank(singular_values))
+                sizes.append(float(singular_values.norm()) / weight_norm)
+                ranks.append(effective_rank(singular_values))
         return {
             "delta_over_weight": sizes,
             "effective_rank": ranks,

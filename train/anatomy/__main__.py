@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         "--matrix-only", action="store_true", help="what needs no data: no scores, no trace; seconds"
     )
     options = parser.parse_args(arguments)
+    if options.text is not None and options.matrix_only:
+        return _fail("--text is traced through the data's model run, which --matrix-only leaves out")
     if options.text is not None and not options.text.strip():
         return _fail("--text is empty, and an empty text has no topic")
     try:

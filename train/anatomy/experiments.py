@@ -54,7 +54,7 @@ class Exam:
         recipe, trained = subject.recipe, subject.trained
         if trained.tokenizer is None:
             raise RunError(f"{subject.folder}: its base model comes with no tokenizer")
-        device = resolve_device(recipe.device)
+        device = resolve_device("auto")  # not the run's own, which may be another machine's
         split = load_news(recipe.data, recipe.validation_fraction, recipe.seed).test
         rows = encode(split, trained.tokenizer, trained.max_length_tokens)
         return cls(

@@ -37,7 +37,7 @@ def measure(subject: Subject, bases: dict[str, Svd]) -> dict[str, dict[str, Any]
 
 
 def decompose_bases(subject: Subject) -> dict[str, Svd]:
-    """The pretrained weight of each adapted layer, decomposed: the one slow step, so done once."""
+    """The pretrained weight of each adapted layer, decomposed: slow, so done once."""
     return {name: svd(layer.weight) for name, layer in subject.layers.items()}
 
 

@@ -75,7 +75,7 @@ def study(
     target.mkdir(exist_ok=True)
     for old in target.glob("*.png"):  # of an earlier study that had more to draw
         old.unlink()
-    write_atomically(target / FACTS, (json.dumps(facts) + "\n").encode())
+    write_atomically(target / FACTS, (json.dumps(facts, allow_nan=False) + "\n").encode())
     scores = Scores(np.asarray(subject.summary["test_confusion_matrix"]))
     figures = draw_figures(facts, scores, lines, target)
     write_atomically(target / PAGE, render(facts, scores, figures, target).encode())
