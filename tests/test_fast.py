@@ -312,6 +312,19 @@ def test_attention_keeps_one_matrix_of_length_by_length_and_a_bit_an_element():
     assert kept == q.nbytes + k.nbytes + v.nbytes + elements * q.element_size() + elements // 8
 
 
+def test_a_second_derivative_is_an_error_not_a_wrong_number():
+    x = torch.randn(2, 3, 8, 4, requires_grad=True)
+    functions = (
+        lambda: FastDropout(0.5)(x),
+        lambda: fast_attention(nn.Module(), x, x, x, None, dropout=0.0)[0],
+        lambda: fast_attention(nn.Module(), x, x, x, None, dropout=0.5)[0],
+    )
+    for function in functions:
+        (first,) = torch.autograd.grad(function().square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            first.sum().backward()
+
+
 # --- speed_up ----------------------------------------------------------------------------------------
 
 

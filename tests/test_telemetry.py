@@ -117,10 +117,8 @@ def test_gradients_are_the_mean_losss_unscaled_and_before_clipping(
         assert pair == pytest.approx(wanted_pair, rel=1e-4 if precision == "fp32" else 0.05)
 
 
-def test_an_adapter_that_has_run_away_is_logged_as_such_not_a_crash(model, config):
+def test_an_adapter_that_has_run_away_leaves_no_numbers_that_json_cannot_hold(model, config):
     inject(model, config)
     with torch.no_grad():
         next(iter(lora_layers(model).values())).lora_B.fill_(float("inf"))
-    line = Telemetry(model).line()
-    assert line["effective_rank"][0] != line["effective_rank"][0]
-    assert line["effective_rank"][1] == 0.0
+    assert Telemetry(model).line() == {}

@@ -325,6 +325,8 @@ def test_checkpointed_gradients_train_the_same_adapter(run, recipe, tmp_path):
 def test_a_compiled_run_learns_the_same_over_fewer_lengths(recipe, tmp_path, monkeypatch):
     # Without inductor, which wants a C++ compiler; without dropout, whose masks compiling draws otherwise.
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr("train.loop._COMPILED_LENGTHS", 2)  # more lengths than torch compiles by itself
     losses, summaries = [], []
     for compiled in (False, True):
         same = dataclasses.replace(
