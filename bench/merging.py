@@ -1,62 +1,68 @@
-"""What merging costs in exactness: roundings, drift over cycles, logits; and PEFT's beside it."""
+"""What merging costs in exactness: roundings, drift over cycles, logits; and the rivals' beside it."""
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.rivals import RIVALS, adapted, installed
+from bench.tables import markdown
 from lora import LoraConfig, inject, merge, unmerge
 from lora.tree import lora_layers
 from model import load_base
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_TARGETS = ("query", "value")
+_CONFIG = LoraConfig(r=8, lora_alpha=16, target_modules=("query", "value"))
 
 
 def run(quick: bool) -> dict[str, Any]:
     """Rows by implementation and dtype, on MiniLM with a random adapter, r = 8 on query and value."""
     cycles = 20 if quick else 1000
-    peers: dict[str, Callable[[torch.dtype, int], dict[str, Any]]] = {"ours": _ours}
-    if importlib.util.find_spec("peft"):
-        peers["peft"] = _peft
+    measures: dict[str, Callable[[torch.dtype, int], dict[str, Any]]] = {"ours": _ours}
+    measures |= {kind: partial(_rival, kind) for kind in installed()}
     rows = []
     for dtype in _DTYPES:
-        for name, measure in peers.items():
+        for name, measure in measures.items():
             print(f"merging: {name}, {dtype}, {cycles} cycles", file=sys.stderr)
             rows.append(
                 {"implementation": name, "dtype": str(dtype).removeprefix("torch."), **measure(dtype, cycles)}
             )
-    return {"model": "minilm", "r": 8, "cycles": cycles, "rows": rows}
+    return {"model": "minilm", "r": 8, "cycles": cycles, "seed": 0, "rows": rows}
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows to read."""
-    cycles = f"{result['cycles']:,}"
-    lines = [
-        f"{'':5} {'dtype':>9}  {'rounding, ulps':>16}  {'weights changed after':>22}  {'largest change':>14}"
-        f"  {'logits, merged':>15}",
-        f"{'':5} {'':>9}  {'largest':>8}{'mean':>8}  {'1 cycle':>10}{cycles + ' cyc.':>12}  {'':>14}"
-        f"  {'against apart':>15}",
-    ]
-    lines += [
-        f"{row['implementation']:5} {row['dtype']:>9}"
-        f"  {row['largest_ulps']:>8.3f}{row['mean_ulps']:>8.3f}"
-        f"  {row['changed_after_one']:>10.2%}{row['changed_after_all']:>12.2%}"
-        f"  {row['largest_change']:>14.2e}  {row['logits_difference']:>15.2e}"
-        for row in result["rows"]
-    ]
-    return "\n".join(lines)
+    """A row an implementation and dtype."""
+    heads = [
+        "", "dtype", "rounding, ulps: largest", "mean", "weights changed after 1 cycle", "10",
+        f"{result['cycles']:,}", "largest change", "logits, merged against apart",
+    ]  # fmt: skip
+    return markdown(
+        [
+            heads,
+            *(
+                [
+                    row["implementation"],
+                    row["dtype"],
+                    f"{row['largest_ulps']:,.3f}",
+                    f"{row['mean_ulps']:.3f}",
+                    *(f"{row[f'changed_after_{when}']:.2%}" for when in ("one", "ten", "all")),
+                    f"{row['largest_change']:.1e}",
+                    f"{row['logits_difference']:.1e}",
+                ]
+                for row in result["rows"]
+            ),
+        ]
+    )
 
 
 def _ours(dtype: torch.dtype, cycles: int) -> dict[str, Any]:
     model = _model(dtype)
-    config = LoraConfig(r=8, lora_alpha=16, target_modules=_TARGETS)
-    inject(model, config)
+    inject(model, _CONFIG)
     layers = lora_layers(model)
     _randomise({name: layer.lora_B for name, layer in layers.items()})
     weights = {name: layer.weight for name, layer in layers.items()}
@@ -64,26 +70,30 @@ def _ours(dtype: torch.dtype, cycles: int) -> dict[str, Any]:
     return _measure(model, weights, deltas, lambda: merge(model), lambda: unmerge(model), cycles)
 
 
-def _peft(dtype: torch.dtype, cycles: int) -> dict[str, Any]:
-    import peft
-
-    config = peft.LoraConfig(r=8, lora_alpha=16, target_modules=list(_TARGETS))
-    # As PEFT does by itself: adapters in float32 on a 16-bit base.
-    model = peft.get_peft_model(_model(dtype), config).eval()
+def _rival(kind: str, dtype: torch.dtype, cycles: int) -> dict[str, Any]:
+    """As it does by itself: PEFT's adapters in float32 on a 16-bit base, loralib's in the base's dtype."""
+    model = RIVALS[kind](_model(dtype), _CONFIG).eval()
     ours = _model(dtype)  # the same starts, drawn by name
-    inject(ours, LoraConfig(r=8, lora_alpha=16, target_modules=_TARGETS))
-    layers = {name: model.base_model.model.get_submodule(name) for name in lora_layers(ours)}
-    for name, layer in lora_layers(ours).items():
-        layers[name].lora_A["default"].weight.data.copy_(layer.lora_A.data)
-    _randomise({name: layer.lora_B["default"].weight for name, layer in layers.items()})
-    weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
+    inject(ours, _CONFIG)
+    layers = {name: adapted(kind, model, name) for name in lora_layers(ours)}
+    with torch.no_grad():
+        for name, layer in lora_layers(ours).items():
+            layers[name].A.copy_(layer.lora_A)
+    _randomise({name: layer.B for name, layer in layers.items()})
+    weights = {name: layer.weight for name, layer in layers.items()}
     deltas = {
-        name: 2.0
-        * layer.lora_B["default"].weight.detach().double()
-        @ layer.lora_A["default"].weight.detach().double()
-        for name, layer in layers.items()
+        name: 2.0 * layer.B.detach().double() @ layer.A.detach().double() for name, layer in layers.items()
     }
-    return _measure(model, weights, deltas, model.merge_adapter, model.unmerge_adapter, cycles)
+    if kind == "peft":
+        return _measure(model, weights, deltas, model.merge_adapter, model.unmerge_adapter, cycles)
+    linears = [model.get_submodule(name) for name in layers]
+
+    def switch(training: bool) -> None:
+        for linear in linears:  # loralib merges when it is put into eval mode
+            linear.merge_weights = True
+            linear.train(training)
+
+    return _measure(model, weights, deltas, lambda: switch(False), lambda: switch(True), cycles)
 
 
 def _model(dtype: torch.dtype) -> nn.Module:
@@ -117,15 +127,18 @@ def _measure(
         [_ulps(weights[name], before[name].double() + deltas[name]).view(-1) for name in weights]
     )
     unmerge_all()
-    changed_after_one = _changed(weights, before)
-    for _ in range(cycles - 1):
+    changed = {1: _changed(weights, before)}
+    for cycle in range(2, cycles + 1):
         merge_all()
         unmerge_all()
+        if cycle in (10, cycles):
+            changed[cycle] = _changed(weights, before)
     return {
         "largest_ulps": float(ulps.max()),
         "mean_ulps": float(ulps.mean()),
-        "changed_after_one": changed_after_one,
-        "changed_after_all": _changed(weights, before),
+        "changed_after_one": changed[1],
+        "changed_after_ten": changed[10],
+        "changed_after_all": changed[cycles],
         "largest_change": max(float((weights[n].double() - before[n].double()).abs().max()) for n in weights),
         "logits_difference": float((folded - apart).abs().max()),
     }

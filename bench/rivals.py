@@ -44,6 +44,7 @@ def with_loralib(model: Any, config: LoraConfig) -> Any:
             lora_alpha=int(config.lora_alpha),
             lora_dropout=config.lora_dropout,
             merge_weights=False,
+            dtype=base.weight.dtype,
         )
         layer.weight.data.copy_(base.weight.data)
         layer.bias.data.copy_(base.bias.data)
