@@ -26,8 +26,10 @@ def panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, A
 def save(figure: Any, path: Path) -> None:
     """Writes the figure, one legend of all its panels (if any) below it, and lets go of it."""
     figure.tight_layout()
-    found = [axis.get_legend_handles_labels() for axis in figure.axes]
-    entries = {name: handle for handles, names in found for handle, name in zip(handles, names, strict=True)}
+    entries: dict[str, Any] = {}
+    for axis in figure.axes:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(name, handle)
     if entries:
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
         figure.legend(
