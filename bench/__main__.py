@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import accuracy, growth, inference, memory, merging, original, peers, throughput
+from bench import accuracy, growth, inference, memory, merging, original, peers, recipes, throughput
 from bench.readme import RESULTS
 from train.hardware import device_name, resolve_device
 
@@ -27,8 +27,9 @@ PARTS: dict[str, Any] = {
     "peers": peers,
     "original": original,
     "accuracy": accuracy,
+    "recipes": recipes,
 }
-WITH_DATA = ("original", "accuracy")  # whose run takes AG News as well
+WITH_DATA = ("original", "accuracy", "recipes")  # whose run takes AG News as well
 ALL = ("throughput", "memory", "inference", "growth")  # what "all" runs: minutes, and no peer needed
 
 
@@ -43,11 +44,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--save", action="store_true", help="keep JSON and figures; those of a quick run are not"
     )
     parser.add_argument(
-        "--data", metavar="D", help="AG News for original and accuracy: a folder of CSVs, or a hub's data set"
+        "--data",
+        metavar="D",
+        help="AG News for original, accuracy, recipes: a folder of CSVs, or a hub's data set",
     )
     options = parser.parse_args(arguments)
     if options.data is not None and options.part not in WITH_DATA:
-        parser.error(f"--data goes with {' and '.join(WITH_DATA)}, not with {options.part}")
+        parser.error(f"--data goes with {', '.join(WITH_DATA)}, not with {options.part}")
     if options.data is not None and Path(options.data).is_dir():
         options.data = str(Path(options.data).resolve())
     names = ALL if options.part == "all" else (options.part,)

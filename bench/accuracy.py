@@ -9,10 +9,7 @@ alpha the same for all (arXiv 2106.09685, section 4.1). Nothing is chosen by the
 from __future__ import annotations
 
 import csv
-import json
 import statistics
-import subprocess
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +19,8 @@ from tqdm import tqdm
 from bench import draw
 from bench.significance import mcnemar, mean_and_interval
 from bench.tables import markdown, mebibytes, prose
-from train.config import load_recipe
+from bench.training import finish_run
 from train.job import PREDICTIONS
-from train.runs import CONFIG, SUMMARY, run_recipe
 
 RUNS = Path("runs/accuracy")
 SEEDS = (0, 1, 2)
@@ -84,24 +80,8 @@ class Cell:
         return RUNS / size / Path(self.data).name / f"{what}-lr{self.learning_rate:g}-seed{self.seed}"
 
     def finish(self) -> dict[str, Any]:
-        """The run's summary; runs it, or goes on with it, where there is none yet.
-
-        Raises RuntimeError with the run's own message where it fails, or if other settings were run there.
-        """
-        wanted = load_recipe("quickstart", self.settings())[1]
-        if (self.folder / CONFIG).is_file() and run_recipe(self.folder) != wanted:
-            raise RuntimeError(f"{self.folder}: a run of other settings; remove it to run the cell anew")
-        if not (self.folder / SUMMARY).is_file():
-            command = [sys.executable, "-m", "train", "--recipe", "quickstart", "--output", str(self.folder)]
-            for key, value in self.settings().items():
-                command += ["--set", f"{key}={json.dumps(value)}"]
-            if (self.folder / CONFIG).is_file():
-                command.append("--resume")
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-                raise RuntimeError(f"{self.folder}: {said[-1]}")
-        return dict(json.loads((self.folder / SUMMARY).read_text()))
+        """The run's summary. Raises RuntimeError as finish_run does."""
+        return finish_run("quickstart", self.settings(), self.folder)
 
     def settings(self) -> dict[str, Any]:
         """The recipe's fields."""

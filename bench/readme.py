@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import accuracy, growth, inference, memory, original, peers, throughput
+from bench import accuracy, growth, inference, memory, original, peers, recipes, throughput
 from bench.tables import prose
 
 README = Path(__file__).parent.parent / "README.md"
@@ -82,6 +82,7 @@ TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "peers": peers.table,
     "original": original.table,
     "accuracy": accuracy.table,
+    "recipes": recipes.table,
 }
 
 if __name__ == "__main__":

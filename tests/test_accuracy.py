@@ -10,8 +10,10 @@ import pytest
 from bench import accuracy
 from bench.accuracy import QUERY_VALUE, Cell, Mode
 from bench.significance import mcnemar, mean_and_interval
+from bench.training import finish_run
+from train.config import load_recipe
 from train.job import PREDICTIONS
-from train.runs import SUMMARY
+from train.runs import CONFIG, SUMMARY
 
 
 def test_the_interval_is_students():
@@ -60,7 +62,7 @@ def runs(tmp_path, monkeypatch):
         (folder / SUMMARY).write_text(json.dumps(summary))
         return type("Done", (), {"returncode": 0})
 
-    monkeypatch.setattr(accuracy.subprocess, "run", train)
+    monkeypatch.setattr("bench.training.subprocess.run", train)
     return trained
 
 
@@ -96,3 +98,11 @@ def test_a_cell_that_fails_says_why(tmp_path, monkeypatch):
     cell = Cell("no-such-folder-of-news", Mode("head"), 1e-3, 0)
     with pytest.raises(RuntimeError, match="no-such-folder-of-news"):
         cell.finish()
+
+
+def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
+    (tmp_path / CONFIG).write_text(load_recipe("quickstart", {"epochs": 2})[1].to_toml())
+    (tmp_path / SUMMARY).write_text('{"test_accuracy": 1.0}')
+    assert finish_run("quickstart", {"epochs": 2}, tmp_path) == {"test_accuracy": 1.0}
+    with pytest.raises(RuntimeError, match="other settings; remove it"):
+        finish_run("quickstart", {"epochs": 3}, tmp_path)

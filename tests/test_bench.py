@@ -312,4 +312,4 @@ def test_the_original_needs_its_own_packages(monkeypatch):
 def test_data_is_for_the_parts_that_read_news(capsys):
     with pytest.raises(SystemExit):
         main(["memory", "--data", "somewhere"])
-    assert "--data goes with original and accuracy, not with memory" in capsys.readouterr().err
+    assert "--data goes with original, accuracy, recipes, not with memory" in capsys.readouterr().err

@@ -31,6 +31,7 @@ def summary_text(summary: dict[str, Any], folder: Path) -> str:
             "next",
             f'  python -m train.predict {folder} "Shares rose after the bank cut its rates."',
             f"  python -m train.evaluate {folder}",
+            *([f"  python -m train.anatomy {folder}"] if summary["method"] == "lora" else []),
             f"  python -m train --recipe {summary['recipe']} --set r=1 --output {folder}-r1",
         ]
     )

@@ -1,0 +1,34 @@
+"""Training runs that a bench needs: each in a process of its own, run once, gone on with if it stopped."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from train.config import load_recipe
+from train.runs import CONFIG, SUMMARY, run_recipe
+
+
+def finish_run(recipe: str, settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The summary of the run in `folder`: of `recipe` with those fields set. Runs it if there is none yet.
+
+    Raises RuntimeError with the run's own message where it fails, or if other settings were run there.
+    """
+    wanted = load_recipe(recipe, settings)[1]
+    if (folder / CONFIG).is_file() and run_recipe(folder) != wanted:
+        raise RuntimeError(f"{folder}: a run of other settings; remove it, and it is run anew")
+    if not (folder / SUMMARY).is_file():
+        command = [sys.executable, "-m", "train", "--recipe", recipe, "--output", str(folder)]
+        for key, value in settings.items():
+            command += ["--set", f"{key}={json.dumps(value)}"]
+        if (folder / CONFIG).is_file():
+            command.append("--resume")
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise RuntimeError(f"{folder}: {said[-1]}")
+    return dict(json.loads((folder / SUMMARY).read_text()))
