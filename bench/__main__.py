@@ -15,7 +15,7 @@ import torch
 
 from bench import accuracy, growth, inference, memory, merging, original, peers, recipes, throughput
 from bench.readme import RESULTS
-from train.hardware import device_name, resolve_device
+from train.hardware import device_name, keep_freed_memory, resolve_device
 
 # Each has run(quick) -> dict and table(result) -> str; figures(result, folder) where it draws.
 PARTS: dict[str, Any] = {
@@ -29,6 +29,7 @@ PARTS: dict[str, Any] = {
     "accuracy": accuracy,
     "recipes": recipes,
 }
+AS_IT_COMES = ("original", "peers")  # memory allocation as those have it who use the others
 WITH_DATA = ("original", "accuracy", "recipes")  # whose run takes AG News as well
 ALL = ("throughput", "memory", "inference", "growth")  # what "all" runs: minutes, and no peer needed
 
@@ -53,6 +54,8 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--data goes with {', '.join(WITH_DATA)}, not with {options.part}")
     if options.data is not None and Path(options.data).is_dir():
         options.data = str(Path(options.data).resolve())
+    if options.part not in AS_IT_COMES:
+        keep_freed_memory()
     names = ALL if options.part == "all" else (options.part,)
     results = {}
     for number, name in enumerate(names, 1):

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.steps import contestant, memory_bytes
-from train.hardware import peak_memory_bytes, resolve_device
+from train.hardware import keep_freed_memory, peak_memory_bytes, resolve_device
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 STEPS = 3
@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     allocator's on CUDA. peak_of: "steps", or "process" where the system cannot forget an earlier peak.
     """
     kind, model_name, rows, length, precision = sys.argv[1:] if arguments is None else arguments
+    keep_freed_memory()
     device = resolve_device("auto")
     bare = _resident_bytes(device)
     entrant = contestant(kind, model_name, int(rows), int(length), precision, device)

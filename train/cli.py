@@ -16,6 +16,7 @@ from train.checkpoint import CheckpointError
 from train.config import RECIPES, RecipeError, load_recipe, parse_setting
 from train.data import DataError
 from train.distributed import env_rank
+from train.hardware import keep_freed_memory
 from train.job import InterruptedRunError, run_job
 from train.loop import TrainingError
 from train.report import summary_text
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
         name, recipe = load_recipe(options.recipe, changes)
     except RecipeError as error:
         return _fail(str(error))
+    keep_freed_memory()
     folder = options.output or Path("runs") / name
 
     try:
