@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import accuracy, growth, inference, memory, merging, original, peers, recipes, throughput
+from bench import accuracy, anatomy, growth, inference, memory, merging, original, peers, recipes, throughput
 from bench.readme import RESULTS
 from train.hardware import device_name, keep_freed_memory, resolve_device
 
@@ -28,6 +28,7 @@ PARTS: dict[str, Any] = {
     "original": original,
     "accuracy": accuracy,
     "recipes": recipes,
+    "anatomy": anatomy,
 }
 AS_IT_COMES = ("original", "peers")  # memory allocation as those have it who use the others
 WITH_DATA = ("original", "accuracy", "recipes")  # whose run takes AG News as well

@@ -109,7 +109,8 @@ def table(result: dict[str, Any]) -> str:
         [
             prose(
                 f"{result['model']}, {result['precision']}; {result['device']}. Medians of {result['rounds']}"
-                f" interleaved rounds by rank, {result['shape_rounds']} by shape. Rank {ranks[0]} to {ranks[-1]} at {shape[0]} x {shape[1]} tokens;"
+                f" interleaved rounds by rank, {result['shape_rounds']} by shape. Rank {ranks[0]} to"
+                f" {ranks[-1]} at {shape[0]} x {shape[1]} tokens;"
                 " memory held is weights, copies, gradients, optimizer state and saved activations."
             ),
             markdown(by_rank),

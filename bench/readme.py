@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import accuracy, growth, inference, memory, original, peers, recipes, throughput
+from bench import accuracy, anatomy, growth, inference, memory, original, peers, recipes, throughput
 from bench.tables import prose
 
 README = Path(__file__).parent.parent / "README.md"
@@ -83,6 +83,7 @@ TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "original": original.table,
     "accuracy": accuracy.table,
     "recipes": recipes.table,
+    "anatomy": anatomy.table,
 }
 
 if __name__ == "__main__":

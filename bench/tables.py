@@ -25,6 +25,11 @@ def prose(text: str) -> str:
     return textwrap.fill(text, 105, break_long_words=False, break_on_hyphens=False)
 
 
+def bullets(lines: Sequence[str]) -> str:
+    """A list, each point in lines that fit."""
+    return "\n".join(textwrap.indent(prose(line), "  ").replace("  ", "- ", 1) for line in lines)
+
+
 def quantity(value: float) -> str:
     """Three digits that matter: 1,234 · 123 · 12.3 · 1.23."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
