@@ -135,7 +135,8 @@ def _set_table(found: dict[str, Any], result: dict[str, Any]) -> list[str]:
     ]
     lines = [heads]
     for row in found["rows"]:
-        tests = ", ".join(f"{pair['p']:.2f}" for pair in row.get("against_full", []))
+        pairs = row.get("against_full", [])
+        tests = ", ".join("<0.01" if pair["p"] < 0.005 else f"{pair['p']:.2f}" for pair in pairs)
         lines.append(
             [
                 row["name"],
@@ -155,6 +156,15 @@ def _set_table(found: dict[str, Any], result: dict[str, Any]) -> list[str]:
         " (Student's t), for the noise of seeds alone: the test articles are the same for all. McNemar's"
         " exact test on those articles, a p a seed."
     )
+    edges = [
+        row["name"]
+        for row in found["rows"]
+        if row["learning_rate"] in (RATES[row["method"]][0], RATES[row["method"]][-1])
+    ]
+    if edges:
+        words += (
+            f" The rate is the last of those tried, and a better one may lie beyond, for: {'; '.join(edges)}."
+        )
     return [prose(words), markdown(lines), prose(_verdict(found))]
 
 
@@ -167,8 +177,8 @@ def _verdict(found: dict[str, Any]) -> str:
     best, least = max(lora, key=lambda row: row["mean"]), min(lora, key=lambda row: row["mean"])
     gaps = [f"{row['name']} {100 * (row['mean'] - full['mean']):+.2f}" for row in (best, least, others[0])]
     text = (
-        f"Against full fine-tuning's mean, in points: the best LoRA, {gaps[0]}; the least, {gaps[1]};"
-        f" {gaps[2]}."
+        f"Against full fine-tuning's mean, in points: the best of the ranks, {gaps[0]}; the least,"
+        f" {gaps[1]}; {gaps[2]}."
     )
     test = "By McNemar's test at 5%, on two seeds or more,"
     for names, word in ((worse, "worse"), (better, "better")):

@@ -117,8 +117,8 @@ def table(result: dict[str, Any]) -> str:
         parts.append(
             prose(
                 f"Loading a saved adapter into {result['loading']['model']}, files checked:"
-                f" {quantity(load['here']['median'])} ms here, of them most to hash the base;"
-                f" {quantity(load['here, base unchecked']['median'])} ms with check_base=False;"
+                f" {quantity(load['here']['median'])} ms here, and without hashing the base"
+                f" (check_base=False) {quantity(load['here, base unchecked']['median'])} ms;"
                 f" {quantity(load['peft']['median'])} ms by PEFT, which checks neither files nor base."
             )
         )
