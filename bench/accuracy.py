@@ -18,8 +18,9 @@ from tqdm import tqdm
 
 from bench import draw
 from bench.significance import mcnemar, mean_and_interval
+from bench.steps import ALL_LINEAR, QUERY_VALUE
 from bench.tables import markdown, mebibytes, prose
-from bench.training import finish_run
+from bench.training import QUICK, finish_run
 from train.job import PREDICTIONS
 
 RUNS = Path("runs/accuracy")
@@ -38,8 +39,6 @@ RATES = {
     "head": (2e-3, 4e-3, 8e-3, 1.6e-2),
 }
 TUNED_RANK = 8
-QUERY_VALUE = ("query", "value")
-ALL_LINEAR = ("query", "key", "value", "intermediate.dense", "output.dense")
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run on `data`, with what `shrunk` says instead of SETTINGS."""
+    """One training run on `data`, shrunk: with what QUICK says instead of SETTINGS."""
 
     data: str
     mode: Mode
@@ -93,9 +92,7 @@ class Cell:
             fields |= {"r": self.mode.r, "target_modules": self.mode.targets}
         if self.data != "bbc":  # which has a validation part of its own
             fields["validation_fraction"] = 0.05
-        return fields | (
-            {"epochs": 1, "max_length_tokens": 16, "max_train_examples": 64} if self.shrunk else {}
-        )
+        return fields | (QUICK if self.shrunk else {})
 
     def right(self) -> list[bool]:
         """Whether each test article was classified rightly."""

@@ -11,7 +11,9 @@ from typing import Any
 
 from bench import draw
 from bench.steps import (
+    ALL_LINEAR,
     CONFIG,
+    QUERY_VALUE,
     Contestant,
     contestant,
     in_turn,
@@ -25,7 +27,7 @@ from lora import LoraConfig, count_parameters
 from model import HEAD
 from train.hardware import resolve_device, resolve_precision
 
-TARGETS = {"query, value": ("query", "value"), "all linear": ("query", "key", "value", "dense")}
+TARGETS = {"query, value": QUERY_VALUE, "all linear": ALL_LINEAR}
 
 
 @dataclass(frozen=True)

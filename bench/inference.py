@@ -11,7 +11,17 @@ from typing import Any
 import torch
 
 from bench import draw
-from bench.steps import CLASSES, CONFIG, in_turn, milliseconds, random_batch, ratio, time_in_turn, time_once
+from bench.steps import (
+    CLASSES,
+    CONFIG,
+    in_turn,
+    milliseconds,
+    random_batch,
+    randomise,
+    ratio,
+    time_in_turn,
+    time_once,
+)
 from bench.tables import markdown, prose, quantity
 from lora import eject, inject, load_adapter, merge, save_adapter, unmerge
 from lora.tree import lora_layers
@@ -125,10 +135,7 @@ def _adapted(model_name: str, device: torch.device, seed: int) -> Any:
     """With an adapter that says something: B as large as training makes it."""
     model = _base(model_name, device)
     inject(model, CONFIG, seed)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            layer.lora_B.copy_(0.02 * torch.randn(layer.lora_B.shape, generator=generator))
+    randomise({name: layer.lora_B for name, layer in lora_layers(model).items()}, seed)
     return model.eval()
 
 

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from bench.rivals import RIVALS, adapted, installed
+from bench.steps import QUERY_VALUE, randomise
 from bench.tables import markdown
 from lora import LoraConfig, inject, merge, unmerge
 from lora.tree import lora_layers
 from model import load_base
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-_CONFIG = LoraConfig(r=8, lora_alpha=16, target_modules=("query", "value"))
+_CONFIG = LoraConfig(r=8, lora_alpha=16, target_modules=QUERY_VALUE)
 
 
 def run(quick: bool) -> dict[str, Any]:
@@ -64,7 +65,7 @@ def _ours(dtype: torch.dtype, cycles: int) -> dict[str, Any]:
     model = _model(dtype)
     inject(model, _CONFIG)
     layers = lora_layers(model)
-    _randomise({name: layer.lora_B for name, layer in layers.items()})
+    randomise({name: layer.lora_B for name, layer in layers.items()})
     weights = {name: layer.weight for name, layer in layers.items()}
     deltas = {name: layer.delta_weight() for name, layer in layers.items()}
     return _measure(model, weights, deltas, lambda: merge(model), lambda: unmerge(model), cycles)
@@ -79,7 +80,7 @@ def _rival(kind: str, dtype: torch.dtype, cycles: int) -> dict[str, Any]:
     with torch.no_grad():
         for name, layer in lora_layers(ours).items():
             layers[name].A.copy_(layer.lora_A)
-    _randomise({name: layer.B for name, layer in layers.items()})
+    randomise({name: layer.B for name, layer in layers.items()})
     weights = {name: layer.weight for name, layer in layers.items()}
     deltas = {
         name: 2.0 * layer.B.detach().double() @ layer.A.detach().double() for name, layer in layers.items()
@@ -99,14 +100,6 @@ def _rival(kind: str, dtype: torch.dtype, cycles: int) -> dict[str, Any]:
 def _model(dtype: torch.dtype) -> nn.Module:
     model: nn.Module = load_base("minilm")[0]
     return model.to(dtype)
-
-
-@torch.no_grad()
-def _randomise(lora_B: dict[str, Tensor]) -> None:
-    """As large as training makes them: ΔW some percent of W."""
-    generator = torch.Generator().manual_seed(0)
-    for name in sorted(lora_B):
-        lora_B[name].copy_(0.02 * torch.randn(lora_B[name].shape, generator=generator))
 
 
 @torch.no_grad()

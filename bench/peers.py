@@ -13,7 +13,6 @@ from bench.rivals import RIVALS, adapted, head, installed
 from bench.steps import (
     CLASSES,
     CONFIG,
-    DTYPES,
     QUICK_SHAPES,
     SHAPES,
     Contestant,
@@ -30,7 +29,7 @@ from bench.tables import markdown, mebibytes, prose, quantity
 from lora import eject, inject, load_adapter, save_adapter
 from lora.tree import lora_layers
 from model import load_base
-from train.hardware import resolve_device, resolve_precision
+from train.hardware import DTYPES, resolve_device, resolve_precision
 
 NAMES = {"lora": "here", "full": "full fine-tuning here", "peft": "PEFT", "loralib": "loralib"}
 

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from bench.tables import markdown, prose
-from bench.training import finish_run
+from bench.training import QUICK, finish_run
 
 RUNS = Path("runs")
 SEEDS = (0, 1, 2)
@@ -24,7 +24,7 @@ _KEPT = (
 
 def run(quick: bool, data: str | None = None) -> dict[str, Any]:
     """A row a run. Minutes each, and ten or so for AG News from `data`."""
-    shrunk = {"epochs": 1, "max_length_tokens": 16, "max_train_examples": 64} if quick else {}
+    shrunk = QUICK if quick else {}
     runs_folder = RUNS / "quick" if quick else RUNS
     planned: list[tuple[str, str, dict[str, Any], str]] = []
     for seed in SEEDS[: 1 if quick else None]:

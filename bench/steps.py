@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -23,15 +23,14 @@ from lora.parameters import train_only
 from model import HEAD, load_base, speed_up
 from train.hardware import autocast
 
-CONFIG = LoraConfig(
-    r=8, lora_alpha=16, lora_dropout=0.1, target_modules=("query", "value"), modules_to_save=HEAD
-)
+QUERY_VALUE = ("query", "value")
+ALL_LINEAR = ("query", "key", "value", "intermediate.dense", "output.dense")
+CONFIG = LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, target_modules=QUERY_VALUE, modules_to_save=HEAD)
 CLASSES = 4
 MODES = {"full": "full fine-tuning", "lora": "LoRA", "head": "head only"}
 PHASES = ("forward", "backward", "optimizer")
 SHAPES = (("random:roberta-base", 16, 64), ("minilm", 32, 56))  # model, rows, tokens a row
 QUICK_SHAPES = (("random:minilm", 2, 16),)
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 Name = TypeVar("Name", bound=Hashable)
 T = TypeVar("T")
@@ -105,6 +104,14 @@ def random_batch(rows: int, length: int, device: torch.device) -> tuple[Tensor, 
     input_ids = torch.randint(1000, 20000, (rows, length), generator=generator)
     labels = torch.randint(0, CLASSES, (rows,), generator=generator)
     return input_ids.to(device), labels.to(device)
+
+
+@torch.no_grad()
+def randomise(lora_B: Mapping[str, Tensor], seed: int = 0) -> None:
+    """Fills B, by layer, as large as training makes it: ΔW is then some percent of W."""
+    generator = torch.Generator().manual_seed(seed)
+    for name in sorted(lora_B):
+        lora_B[name].copy_(0.02 * torch.randn(lora_B[name].shape, generator=generator))
 
 
 class Stopwatch:

@@ -15,7 +15,6 @@ import torch
 from bench import draw
 from bench.steps import (
     CLASSES,
-    DTYPES,
     MODES,
     PHASES,
     QUICK_SHAPES,
@@ -32,7 +31,7 @@ from bench.tables import markdown, prose, quantity, size
 from lora import count_parameters
 from model import HEAD
 from train.config import Recipe
-from train.hardware import resolve_device, resolve_precision
+from train.hardware import DTYPES, resolve_device, resolve_precision
 from train.runs import save_trained
 
 

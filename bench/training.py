@@ -12,6 +12,8 @@ from typing import Any
 from train.config import load_recipe
 from train.runs import CONFIG, SUMMARY, run_recipe
 
+QUICK = {"epochs": 1, "max_length_tokens": 16, "max_train_examples": 64}  # a recipe's fields, to see it run
+
 
 def finish_run(recipe: str, settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """The summary of the run in `folder`: of `recipe` with those fields set. Runs it if there is none yet.

@@ -15,6 +15,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 from transformers.utils import logging
 
 from lora import LoraConfig
+from train.config import Recipe
 
 logging.disable_progress_bar()
 
@@ -123,3 +124,12 @@ def content(folder: Path) -> tuple[dict[str, bytes], dict[str, object]]:
     }
     files = [*sorted((folder / "adapter").iterdir()), folder / "metrics.jsonl", folder / "config.toml"]
     return {path.name: path.read_bytes() for path in files}, timeless
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe(hub_folder, csv_folder):
+    """Trains the tiny model on the few rows in seconds."""
+    return Recipe(
+        model=str(hub_folder), data=str(csv_folder), batch_size=4, learning_rate=1e-2, max_length_tokens=16,
+        validation_fraction=0.25, precision="fp32", device="cpu",
+    )  # fmt: skip

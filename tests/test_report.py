@@ -15,19 +15,14 @@ from browser import CHROMIUM, Browser
 from train.anatomy import __main__ as command
 from train.anatomy.report import study
 from train.anatomy.subject import Place, load_subject, place
-from train.config import Recipe
 from train.job import run_job
 
 SCRIPT = "<script>fetch('http://example.invalid/')</script>"
 
 
 @pytest.fixture(scope="module")
-def recipe(hub_folder, csv_folder):
-    return Recipe(
-        model=str(hub_folder), data=str(csv_folder), r=3, epochs=2, batch_size=8, learning_rate=1e-2,
-        max_length_tokens=16, validation_fraction=0.25, precision="fp32", device="cpu", base_dropout=0.0,
-        log_every_steps=2,
-    )  # fmt: skip
+def recipe(tiny_recipe):
+    return dataclasses.replace(tiny_recipe, r=3, epochs=2, batch_size=8, base_dropout=0.0, log_every_steps=2)
 
 
 @pytest.fixture(scope="module")

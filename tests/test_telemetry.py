@@ -14,7 +14,6 @@ from lora.functional import plain_formula
 from lora.tree import lora_layers
 from model import load_base
 from train.batches import collate, encode
-from train.config import Recipe
 from train.data import load_news
 from train.job import run_job
 from train.loop import Trainer
@@ -24,12 +23,8 @@ KEYS = {"delta_over_weight", "effective_rank", "gradient_norm_A", "gradient_norm
 
 
 @pytest.fixture(scope="module")
-def recipe(hub_folder, csv_folder):
-    return Recipe(
-        model=str(hub_folder), data=str(csv_folder), epochs=2, batch_size=4, learning_rate=1e-2,
-        max_length_tokens=16, validation_fraction=0.25, precision="fp32", device="cpu", base_dropout=0.0,
-        lora_dropout=0.0, log_every_steps=3,
-    )  # fmt: skip
+def recipe(tiny_recipe):
+    return dataclasses.replace(tiny_recipe, epochs=2, base_dropout=0.0, lora_dropout=0.0, log_every_steps=3)
 
 
 @pytest.fixture(scope="module")

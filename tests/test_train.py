@@ -17,7 +17,6 @@ from train import evaluate, predict
 from train.batches import encode
 from train.checkpoint import CheckpointError, list_checkpoints
 from train.cli import main
-from train.config import Recipe
 from train.data import load_news
 from train.job import InterruptedRunError, run_job
 from train.loop import Trainer, TrainingError
@@ -26,12 +25,10 @@ from train.runs import RunError, load_trained
 
 
 @pytest.fixture(scope="session")
-def recipe(hub_folder, csv_folder):
-    return Recipe(
-        model=str(hub_folder), data=str(csv_folder), epochs=3, batch_size=4, learning_rate=1e-2,
-        max_length_tokens=16, validation_fraction=0.25, precision="fp32", device="cpu", base_dropout=0.02,
-        log_every_steps=2, checkpoint_every_steps=5,
-    )  # fmt: skip
+def recipe(tiny_recipe):
+    return dataclasses.replace(
+        tiny_recipe, epochs=3, base_dropout=0.02, log_every_steps=2, checkpoint_every_steps=5
+    )
 
 
 @pytest.fixture(scope="session")

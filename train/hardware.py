@@ -16,7 +16,7 @@ import torch
 from train.config import Recipe, RecipeError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
@@ -50,7 +50,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     """Mixed precision: products in the given precision, the rest in float32."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, dtype=_DTYPES[precision])
+    return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
 def set_deterministic(recipe: Recipe, device: torch.device) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -60,6 +63,11 @@ class Telemetry:
             "gradient_norm_A": _floats(gradients[0::2]),
             "gradient_norm_B": _floats(gradients[1::2]),
         }
+
+
+def watched_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of a log that have these numbers."""
+    return [line for line in lines if "delta_over_weight" in line]
 
 
 def _floats(values: Tensor) -> list[float]:

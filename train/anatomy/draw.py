@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,9 +13,10 @@ from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
 from train.anatomy.measure import EPSILON
-from train.anatomy.subject import place
+from train.anatomy.subject import middle_layers, place
 from train.figures import draw_confusion, draw_curves
 from train.metrics import Scores
+from train.telemetry import watched_lines
 
 # Colours of the page's own cards; those of the lines have a contrast of 3 or more against both.
 THEMES = {"": ("#ffffff", "#1f2328", "#d0d7de"), "-dark": ("#161b22", "#e6edf3", "#3d444d")}
@@ -84,7 +85,7 @@ def _drawings(facts: Facts, scores: Scores, lines: list[Facts]) -> dict[str, tup
         found["scaled"] = ("Scores by scaling", lambda: _scaled(causes))
         found["trace"] = ("Logits by how many blocks are on", lambda: _trace(facts["trace"]))
     if facts["telemetry"]:
-        watched = [line for line in lines if "delta_over_weight" in line]
+        watched = watched_lines(lines)
         names = facts["telemetry"]["layers"]
         for key, alt, label in (
             ("delta_over_weight", "Size of ΔW while training", "‖ΔW‖ / ‖W‖"),
@@ -188,10 +189,11 @@ def _ranks(layers: Layers) -> Any:
 def _heatmaps(other: Facts, name: str) -> Any:
     """The LoRA paper's figures 3 and 4: φ(i, j) of each projection of a block in the middle."""
     layers: Layers = other["layers"]
-    blocks = sorted({place(layer).block for layer in layers})
-    middle = blocks[(len(blocks) - 1) // 2]
-    chosen = {layer: facts for layer, facts in layers.items() if place(layer).block == middle}
-    panels = [(f"{place(layer).projection}, block {middle}", facts["phi"]) for layer, facts in chosen.items()]
+    chosen = {layer: layers[layer] for layer in middle_layers(layers)}
+    panels = []
+    for layer, facts in chosen.items():
+        where = place(layer)
+        panels.append((f"{where.projection}, block {where.block}", facts["phi"]))
     first = next(iter(chosen))
     panels.append((f"{place(first).projection}, before training", chosen[first]["phi_start"]))
     panels.append(("random directions", chosen[first]["random"]))
@@ -244,12 +246,7 @@ def _energy(layers: Layers) -> Any:
         ("captured_by_random", "random directions", GREY),
     )  # fmt: skip
     for key, label, color in styles:
-        rows = [layer[key] for layer in layers.values()]
-        for row in rows:
-            axes.plot(range(1, len(row) + 1), row, lw=0.7, alpha=0.45, color=color)
-        length = min(map(len, rows))
-        mean = np.mean([row[:length] for row in rows], axis=0)
-        axes.plot(range(1, length + 1), mean, lw=2.4, color=color, label=label)
+        _layers_and_mean(axes, [layer[key] for layer in layers.values()], color, label=label, lw=2.4)
     axes.legend(fontsize=8)
     return figure
 
@@ -260,14 +257,19 @@ def _angles(layers: Layers) -> Any:
         ("angles_outputs", "outputs (U)", BLUE), ("angles_inputs", "inputs (V)", ORANGE),
     ):  # fmt: skip
         rows = [np.degrees(layer[key]) for layer in layers.values()]
-        for row in rows:
-            axes.plot(range(1, len(row) + 1), row, lw=0.7, alpha=0.45, color=color)
-        length = min(map(len, rows))
-        mean = np.mean([row[:length] for row in rows], axis=0)
-        axes.plot(range(1, length + 1), mean, "o-", ms=4, lw=2, color=color, label=label)
+        _layers_and_mean(axes, rows, color, label=label, marker="o", ms=4, lw=2)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(loc="lower right")
     return figure
+
+
+def _layers_and_mean(axes: Any, rows: Sequence[Any], color: str, **style: Any) -> None:
+    """A thin line a layer, and their mean in `style` as far as the shortest goes."""
+    for row in rows:
+        axes.plot(range(1, len(row) + 1), row, lw=0.7, alpha=0.45, color=color)
+    length = min(map(len, rows))
+    mean = np.mean([row[:length] for row in rows], axis=0)
+    axes.plot(range(1, length + 1), mean, color=color, **style)
 
 
 def _full_truncated(full: Facts) -> Any:

@@ -24,12 +24,13 @@ from train.anatomy.measure import (
     measure,
     measure_amplification,
 )
-from train.anatomy.subject import Subject, check_same_start, load_subject, place, short_name
+from train.anatomy.subject import Subject, check_same_start, load_subject, middle_layers, short_name
 from train.data import DataError
 from train.hardware import one_thread
 from train.job import METRICS
 from train.metrics import Scores
 from train.runs import RunError
+from train.telemetry import watched_lines
 
 FOLDER = "anatomy"
 FACTS = "anatomy.json"
@@ -101,15 +102,12 @@ def render(facts: dict[str, Any], scores: Scores, figures: dict[str, str], folde
         for name in figures
         for suffix in THEMES
     }  # fmt: skip
-    layers = facts["layers"]
-    blocks = sorted({place(name).block for name in layers})
-    middle = blocks[(len(blocks) - 1) // 2]
     return environment.get_template("anatomy.html").render(
         **facts,
         report=scores.report(tuple(facts["run"]["labels"])),
         figures=figures,
         images=images,
-        middle=[name for name in layers if place(name).block == middle],
+        middle=middle_layers(facts["layers"]),
         wrong=int(scores.confusion.sum() - np.trace(scores.confusion)),
         tested=int(scores.confusion.sum()),
     )
@@ -201,7 +199,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
 
 def _telemetry(subject: Subject, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     """The first logged step, where the textbook facts are; None if the run kept no telemetry."""
-    watched = [line for line in lines if "delta_over_weight" in line]
+    watched = watched_lines(lines)
     if not watched:
         return None
     layers = subject.summary.get("adapted_layers") or list(subject.layers)

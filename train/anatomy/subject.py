@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,14 @@ def place(name: str) -> Place:
     block, rest = (int(match[1]), match[2]) if match else (-1, name)
     short = rest.removeprefix("attention.self.").removesuffix(".dense").replace(".", " ")
     return Place(block, short)
+
+
+def middle_layers(names: Iterable[str]) -> list[str]:
+    """Those of the block in the middle, which stands for all of them in a figure."""
+    names = list(names)
+    blocks = sorted({place(name).block for name in names})
+    middle = blocks[(len(blocks) - 1) // 2]
+    return [name for name in names if place(name).block == middle]
 
 
 def short_name(name: str) -> str:
