@@ -252,34 +252,38 @@ def matrix_products(
     for full fine-tuning backward to the weights. LoRA's own thin products are left out.
 
     Four of a layer's width, two of the feed-forward, two products of attention forward and four
-    backward. With frozen weights the first layer's three projections need no gradient of their input.
+    backward. With frozen weights the first layer's three projections need no gradient of their input, nor
+    do its keys. The last layer computes all but key and value for the first token alone.
     """
     config = model.config
     width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
-    tokens = rows * length
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype, device=device)
 
-    x, y = random(tokens, width), random(tokens, inner)
-    q, p = random(rows * heads, length, width // heads), random(rows * heads, length, length)
-    attention = [(q, q.transpose(1, 2)), (p, q)]
     layers = [
         ([random(width, width) for _ in range(4)], random(inner, width), random(width, inner))
         for _ in range(config.num_hidden_layers)
     ]
+    x, q = random(rows * length, width), random(rows * heads, length, width // heads)
     factors: list[tuple[Tensor, Tensor]] = []
-    for squares, up, down in layers:
-        factors += [(x, weight.t()) for weight in squares]
-        factors += [(x, up.t()), (y, down.t()), *attention]
-    if kind != "head":
-        for number, (squares, up, down) in enumerate(layers):
-            needed = squares if number or kind == "full" else squares[:1]
-            factors += [(x, weight) for weight in needed]
-            factors += [(y, up), (x, down), *attention, *attention]
-    if kind == "full":
-        factors += [(x.t(), x)] * 4 * len(layers)
-        factors += [(y.t(), x), (x.t(), y)] * len(layers)
+    for number, (squares, up, down) in enumerate(layers):
+        first, tokens = number == 0, 1 if number == len(layers) - 1 else length
+        key_value, query_output = squares[:2], squares[2:]
+        z, y = random(rows * tokens, width), random(rows * tokens, inner)
+        g, p = random(rows * heads, tokens, width // heads), random(rows * heads, tokens, length)
+        factors += [(x, weight.t()) for weight in key_value] + [(z, weight.t()) for weight in query_output]
+        factors += [(z, up.t()), (y, down.t()), (g, q.transpose(1, 2)), (p, q)]
+        if kind == "head":
+            continue
+        factors += [(y, up), (z, down), (g, q.transpose(1, 2)), (p, q), (p.transpose(1, 2), g)]
+        if kind == "full" or not first:
+            factors += [(x, weight) for weight in key_value] + [(z, weight) for weight in query_output]
+            factors += [(p.transpose(1, 2), g)]
+        else:
+            factors += [(z, query_output[0])]
+        if kind == "full":
+            factors += [(x.t(), x)] * 2 + [(z.t(), z)] * 2 + [(y.t(), z), (z.t(), y)]
     return Products(factors)
 
 

@@ -14,9 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedModel,
+    RobertaForSequenceClassification,
+)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.models.roberta.modeling_roberta import RobertaLayer
 
 from lora.dropout import draw_keep, pack, unpack, zero_dropped
 from lora.frozen import FrozenLinear
@@ -28,7 +34,8 @@ _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 def speed_up(model: PreTrainedModel, precision: str = "bf16") -> None:
     """Makes the model's forward and backward faster, in place; a second call changes nothing.
 
-    Dropout and attention are swapped for the ones here. With precision bf16 or fp16, every frozen Linear
+    Dropout and attention are swapped for the ones here. A RobertaForSequenceClassification's last layer
+    computes in training what its head reads, the first token's row, and no other. With precision bf16 or fp16, every frozen Linear
     gets a copy of its weight in that dtype, for use under autocast: 2 bytes a weight (count_parameters
     shows them), where autocast would cast at every forward. Parameters stay as they are. Outputs in eval
     mode stay the same to the precision at hand; in training, dropout draws other random numbers with the
@@ -48,6 +55,43 @@ def speed_up(model: PreTrainedModel, precision: str = "bf16") -> None:
         if isinstance(module, FrozenLinear):
             module.compute_dtype = _DTYPES[precision]
     model.set_attn_implementation(ATTENTION)
+    if type(model) is RobertaForSequenceClassification:
+        last = model.roberta.encoder.layer[-1]
+        if type(last) is RobertaLayer and not last.is_decoder:
+            last.__class__ = FirstTokenLayer  # the same module with another forward
+
+
+class FirstTokenLayer(RobertaLayer):
+    """RobertaForSequenceClassification's last layer in training: the head reads the first token's row alone.
+
+    So query, attention and feed-forward are computed for that row, and key and value for all:
+    hidden_states (B, L, D) -> (B, 1, D). In eval mode it is RobertaLayer: (B, L, D) -> (B, L, D).
+    """
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *rest: Any, **kwargs: Any
+    ) -> Tensor:
+        if not self.training:
+            out: Tensor = super().forward(hidden_states, attention_mask, *rest, **kwargs)
+            return out
+        attention = self.attention.self
+
+        def heads(x: Tensor) -> Tensor:  # (B, L, D) -> (B, H, L, d)
+            return x.unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)
+
+        first = hidden_states[:, :1]
+        mixed, _ = fast_attention(
+            attention,
+            heads(attention.query(first)),
+            heads(attention.key(hidden_states)),
+            heads(attention.value(hidden_states)),
+            None if attention_mask is None else attention_mask[:, :, :1],
+            dropout=attention.dropout.p,
+            scaling=attention.scaling,
+        )
+        mixed = self.attention.output(mixed.flatten(2), first)
+        row: Tensor = self.feed_forward_chunk(mixed)
+        return row
 
 
 class FastDropout(nn.Dropout):
@@ -87,11 +131,11 @@ def fast_attention(
     scaling: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in transformers' own interface: query, key, value (B, H, L, d) -> (B, L, H, d).
+    """Attention in transformers' own interface: query (B, H, M, d), key, value (B, H, L, d) -> (B, M, H, d).
 
-    attention_mask: True where a key is attended, broadcast to (B, H, L, L), or None.
+    attention_mask: True where a key is attended, broadcast to (B, H, M, L), or None.
     """
-    if query.device.type != "cpu" or _traced() or query.shape != key.shape:
+    if query.device.type != "cpu" or _traced() or query.shape[:2] != key.shape[:2]:
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest
         )
@@ -115,8 +159,8 @@ class _Attention(torch.autograd.Function):
     ) -> Tensor:
         ctx.scaling, ctx.p = scaling, p
         # Copied head by head here, once for both directions.
-        scaled_q, heads_k, heads_v = _heads(q, scaling), _heads(k), _heads(v)  # (B·H, L, d)
-        scores = torch.bmm(scaled_q, heads_k.transpose(1, 2))  # (B·H, L, L)
+        scaled_q, heads_k, heads_v = _heads(q, scaling), _heads(k), _heads(v)  # (B·H, M or L, d)
+        scores = torch.bmm(scaled_q, heads_k.transpose(1, 2))  # (B·H, M, L)
         if bias is not None:
             scores.view(*q.shape[:2], *scores.shape[1:]).add_(bias)
         probabilities = dropped = _softmax(scores)
@@ -135,17 +179,22 @@ class _Attention(torch.autograd.Function):
         scaled_q, heads_k, heads_v, probabilities, packed = ctx.saved_tensors
         g = _heads(grad, 1 / (1 - ctx.p))
         dropped = probabilities
-        score_grad = torch.bmm(g, heads_v.transpose(1, 2))  # (B·H, L, L)
+        score_grad = torch.bmm(g, heads_v.transpose(1, 2))  # (B·H, M, L)
         if packed is not None:
             keep = unpack(packed, probabilities.shape)
             dropped = zero_dropped(probabilities, keep)
             score_grad = zero_dropped(score_grad, keep)
-        v_grad = torch.bmm(dropped.transpose(1, 2), g)
+        # In the first layer of a frozen model what LoRA does not adapt needs none.
+        needs_q, needs_k, needs_v, *_ = ctx.needs_input_grad
+        q_grad = k_grad = v_grad = None
+        if needs_v:
+            v_grad = torch.bmm(dropped.transpose(1, 2), g).view(*grad.shape[:2], *heads_v.shape[1:])
         score_grad = torch._softmax_backward_data(score_grad, probabilities, -1, probabilities.dtype)
-        q_grad = torch.bmm(score_grad, heads_k).mul_(ctx.scaling)
-        k_grad = torch.bmm(score_grad.transpose(1, 2), scaled_q)
-        shape = grad.shape
-        return q_grad.view(shape), k_grad.view(shape), v_grad.view(shape), None, None, None
+        if needs_q:
+            q_grad = torch.bmm(score_grad, heads_k).mul_(ctx.scaling).view(grad.shape)
+        if needs_k:
+            k_grad = torch.bmm(score_grad.transpose(1, 2), scaled_q).view(*grad.shape[:2], *heads_k.shape[1:])
+        return q_grad, k_grad, v_grad, None, None, None
 
 
 def _softmax(scores: Tensor) -> Tensor:

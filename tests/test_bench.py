@@ -204,17 +204,20 @@ def test_looking_at_what_backward_keeps_leaves_nothing_behind():
 
 def test_products_are_counted_as_arithmetic_says():
     model = tiny_roberta()
-    tokens, length, width, inner, layers = 3 * 10, 10, 32, 64, 2
-    linear = 2 * tokens * (4 * width * width + 2 * width * inner)
-    attention = 2 * 2 * tokens * length * width
-    first = 3 * 2 * tokens * width * width  # the first layer's projections need no gradient of their input
+    rows, length, width, inner = 3, 10, 32, 64
+    square, feed_forward, attention = 2 * width * width, 2 * 2 * width * inner, 2 * 2 * length * width
+    key_value = 2 * rows * length * square
+    first = rows * length * (4 * square + feed_forward + attention)
+    last = key_value + rows * (2 * square + feed_forward + attention)  # for the first token alone
+    # the first layer's projections need no gradient of their input, nor do its keys
+    unneeded = 3 * rows * length * square + rows * length * attention // 2
     expected = {
-        "head": layers * (linear + attention),
-        "lora": layers * (2 * linear + 3 * attention) - first,
-        "full": layers * (3 * linear + 3 * attention),
+        "head": first + last,
+        "lora": 2 * (first + last) + rows * (length + 1) * attention - unneeded,
+        "full": 3 * (first + last),
     }
     for kind, flops in expected.items():
-        products = matrix_products(model, 3, length, torch.float32, CPU, kind)
+        products = matrix_products(model, rows, length, torch.float32, CPU, kind)
         assert products.flops == flops
         products()
 

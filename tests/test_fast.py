@@ -3,6 +3,7 @@
 import copy
 import math
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -12,8 +13,9 @@ from conftest import randomise_adapter, tiny_roberta
 from torch import nn
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import RobertaForTokenClassification
 
-from lora import LoRALinear, count_parameters, inject, merge, unmerge
+from lora import LoRALinear, count_parameters, eject, inject, merge, unmerge
 from lora.dropout import _LOW_15, _mix, draw_keep, keep_probability, pack, unpack, zero_dropped
 from lora.frozen import FrozenLinear
 from lora.functional import cast_shared, lora_linear, plain_formula
@@ -281,9 +283,12 @@ def padding_mask(batch=2, length=6):
     return mask
 
 
-@pytest.mark.parametrize("mask", [None, padding_mask()])
-def test_attention_equals_torchs(mask):
+@pytest.mark.parametrize("queries", [6, 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_equals_torchs(masked, queries):
     q, k, v = heads()
+    q = q.detach()[:, :, :queries].requires_grad_()
+    mask = padding_mask()[:, :, :queries] if masked else None
     out, _ = fast_attention(nn.Module(), q, k, v, mask, scaling=0.5)
     wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.5).transpose(1, 2)
     # float32: sums of at most six terms of order 1
@@ -294,15 +299,28 @@ def test_attention_equals_torchs(mask):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("mask", [None, padding_mask()])
-def test_attention_with_dropout_passes_gradcheck(mask):
+@pytest.mark.parametrize("queries", [6, 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_with_dropout_passes_gradcheck(masked, queries):
     q, k, v = heads(torch.float64)
+    q = q.detach()[:, :, :queries].requires_grad_()
+    mask = padding_mask()[:, :, :queries] if masked else None
 
     def function(q, k, v):
         torch.manual_seed(1)
         return fast_attention(nn.Module(), q, k, v, mask, dropout=0.3, scaling=0.5)[0]
 
     assert gradcheck(function, (q, k, v))
+
+
+@pytest.mark.parametrize("needed", [0, 1, 2])
+def test_attention_gives_gradients_to_those_alone_that_need_them(needed):
+    all_three = heads()
+    fast_attention(nn.Module(), *all_three, None)[0].square().sum().backward()
+    alone = [x.detach().requires_grad_(number == needed) for number, x in enumerate(all_three)]
+    fast_attention(nn.Module(), *alone, None)[0].square().sum().backward()
+    assert [x.grad is not None for x in alone] == [number == needed for number in range(3)]
+    assert torch.equal(alone[needed].grad, all_three[needed].grad)
 
 
 def test_attention_keeps_one_matrix_of_length_by_length_and_a_bit_an_element():
@@ -362,6 +380,46 @@ def test_float32_gradients_stay_to_rounding(config, input_ids):
             assert (plain.grad - quick.grad).abs().max() <= 1e-4 * plain.grad.abs().max(), name
             compared += 1
     assert compared == 2 * 2 * 2 + 4
+
+
+@pytest.mark.parametrize("trained", ["adapter", "everything"])
+def test_the_last_layer_for_the_first_token_alone_trains_the_same(config, input_ids, trained):
+    """Without dropout, in training: the stock model's logits and gradients from one row a text."""
+    stock, fast = adapted(replace(config, lora_dropout=0.0), "fp32")
+    if trained == "everything":
+        for model in (stock, fast):
+            eject(model)
+            model.requires_grad_(True)
+    rows = []
+    fast.roberta.encoder.layer[-1].register_forward_hook(lambda _, __, out: rows.append(out.shape[1]))
+    logits = []
+    for model in (stock, fast):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        logits.append(model(input_ids, attention_mask=MASK).logits)
+        logits[-1].square().sum().backward()
+    assert rows == [1]
+    # float32: some hundred roundings
+    assert (logits[0] - logits[1]).abs().max() <= 1e-5 * logits[0].abs().max()
+    compared = 0
+    for (name, plain), (_, quick) in zip(stock.named_parameters(), fast.named_parameters(), strict=True):
+        if plain.grad is None:
+            assert quick.grad is None
+        elif not name.endswith("key.bias"):  # which shifts a row of scores, so its gradient is rounding alone
+            assert (plain.grad - quick.grad).abs().max() <= 1e-4 * plain.grad.abs().max(), name
+            compared += 1
+    assert compared == {"adapter": 2 * 2 * 2 + 4, "everything": 5 + 2 * 15 + 4}[trained]
+
+
+@torch.no_grad()
+def test_in_eval_mode_and_for_another_head_every_row_is_there(config, input_ids):
+    stock, fast = adapted(config, "fp32")
+    assert fast.roberta(input_ids).last_hidden_state.shape == (3, 10, 32)
+    other = RobertaForTokenClassification(stock.config).train()
+    speed_up(other, "fp32")
+    assert other(input_ids).logits.shape[:2] == (3, 10)
 
 
 @torch.no_grad()
