@@ -35,11 +35,11 @@ def speed_up(model: PreTrainedModel, precision: str = "bf16") -> None:
     """Makes the model's forward and backward faster, in place; a second call changes nothing.
 
     Dropout and attention are swapped for the ones here. A RobertaForSequenceClassification's last layer
-    computes in training what its head reads, the first token's row, and no other. With precision bf16 or fp16, every frozen Linear
-    gets a copy of its weight in that dtype, for use under autocast: 2 bytes a weight (count_parameters
-    shows them), where autocast would cast at every forward. Parameters stay as they are. Outputs in eval
-    mode stay the same to the precision at hand; in training, dropout draws other random numbers with the
-    same probabilities (lora/dropout.py).
+    computes in training what its head reads, the first token's row, and no other. With precision bf16 or
+    fp16, every frozen Linear gets a copy of its weight in that dtype, for use under autocast: 2 bytes a
+    weight (count_parameters shows them), where autocast would cast at every forward. Parameters stay as
+    they are. Outputs in eval mode stay the same to the precision at hand; in training, dropout draws
+    other random numbers with the same probabilities (lora/dropout.py).
 
     Raises ValueError on another precision.
     """

@@ -46,7 +46,8 @@ def runs(tmp_path, monkeypatch):
         folder = tmp_path.parent / command[command.index("--output") + 1]
         folder.mkdir(parents=True)
         rate, seed = float(settings["learning_rate"]), int(settings["seed"])
-        trained.append((settings["method"], settings.get("r"), rate, seed))
+        examples = settings.get("max_train_examples")
+        trained.append((settings["method"], settings.get("r"), rate, seed, examples))
         # The lowest validation loss at the second candidate, the best test accuracy at the first.
         best = {"full": 6e-5}.get(settings["method"].strip('"'), 2e-3)
         right = 8 if rate < best else 6 + seed % 2
@@ -57,7 +58,8 @@ def runs(tmp_path, monkeypatch):
         summary = {
             "val_loss": abs(math.log(rate / best)), "val_accuracy": 0.5, "test_accuracy": right / 10,
             "trainable_parameters": 10, "lora_parameters": 5, "train_seconds": 60.0,
-            "peak_memory_bytes": 2**30, "precision": "bf16",
+            "peak_memory_bytes": 2**30, "precision": "bf16", "device": "a CPU",
+            "train_examples": 100 * int(settings["epochs"]),
         }  # fmt: skip
         (folder / SUMMARY).write_text(json.dumps(summary))
         return type("Done", (), {"returncode": 0})
@@ -78,6 +80,14 @@ def test_rates_are_chosen_by_validation_and_no_cell_is_run_twice(runs):
     again = accuracy._data_set("bbc", lora, quick=False)
     assert again == found
     assert len(runs) == 21
+
+
+def test_on_a_large_data_set_rates_are_tried_on_a_part_of_it(runs):
+    found = accuracy._data_set("large", [Mode("lora", 8, QUERY_VALUE)], quick=False)
+    trials = [run for run in runs if run[-1] is not None]
+    assert len(trials) == 3 * 4
+    assert len(runs) == 3 * 4 + 3 * 3  # a cell is on all of it, so no trial is one
+    assert (found["tried_on"], found["train_articles"]) == (4500, 100)
 
 
 def test_a_row_has_its_seeds_mean_interval_and_pairs(runs):
