@@ -95,10 +95,8 @@ class Cell:
 
     def settings(self) -> dict[str, Any]:
         """The recipe's fields."""
-        fields: dict[str, Any] = {
-            **SETTINGS, **(BBC if self.data == "bbc" else LARGE), "data": self.data, "method": self.mode.method,
-            "learning_rate": self.learning_rate, "seed": self.seed,
-        }  # fmt: skip
+        fields: dict[str, Any] = {**SETTINGS, **(BBC if self.data == "bbc" else LARGE), "data": self.data}
+        fields |= {"method": self.mode.method, "learning_rate": self.learning_rate, "seed": self.seed}
         if self.mode.method == "lora":
             fields |= {"r": self.mode.r, "target_modules": self.mode.targets}
         if self._on_a_part:
