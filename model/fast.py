@@ -61,7 +61,7 @@ def speed_up(model: PreTrainedModel, precision: str = "bf16") -> None:
             last.__class__ = FirstTokenLayer  # the same module with another forward
 
 
-class FirstTokenLayer(RobertaLayer):
+class FirstTokenLayer(RobertaLayer):  # type: ignore[misc]
     """RobertaForSequenceClassification's last layer in training: the head reads the first token's row alone.
 
     So query, attention and feed-forward are computed for that row, and key and value for all:
@@ -77,7 +77,7 @@ class FirstTokenLayer(RobertaLayer):
         attention = self.attention.self
 
         def heads(x: Tensor) -> Tensor:  # (B, L, D) -> (B, H, L, d)
-            return x.unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)
+            return x.view(*x.shape[:-1], -1, attention.attention_head_size).transpose(1, 2)
 
         first = hidden_states[:, :1]
         mixed, _ = fast_attention(
