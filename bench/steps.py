@@ -248,8 +248,9 @@ class Products:
 def matrix_products(
     model: Any, rows: int, length: int, dtype: torch.dtype, device: torch.device, kind: str = "lora"
 ) -> Products:
-    """The encoder's products in one step: forward; for LoRA and full fine-tuning backward to the input;
-    for full fine-tuning backward to the weights. LoRA's own thin products are left out.
+    """The encoder's products in one step: forward; for LoRA on query and value and for full fine-tuning
+    backward to the input; for full fine-tuning backward to the weights. LoRA's own thin products are left
+    out.
 
     Four of a layer's width, two of the feed-forward, two products of attention forward and four
     backward. With frozen weights the first layer's three projections need no gradient of their input, nor

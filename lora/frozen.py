@@ -3,7 +3,8 @@
 Autocast casts a frozen weight anew at every forward, and keeps each copy for backward. One copy made
 once costs 2 bytes a weight and saves both. The Parameters stay as they are; the copies are plain
 attributes that no state dict, save or fingerprint sees, made anew when the weight they came from
-changes (its version, storage, device or dtype), a merge included.
+changes (its version, storage, device or dtype), a merge included. A write through `weight.data` moves none
+of these, so it is not seen here.
 """
 
 from __future__ import annotations
@@ -54,9 +55,15 @@ class FrozenLinear(nn.Linear):
             return self.weight, self.bias
         key = (_identity(self.weight), None if self.bias is None else _identity(self.bias), dtype)
         if self._copies is None or self._copies[0] != key:
-            bias = None if self.bias is None else self.bias.detach().to(dtype)
-            self._copies = (key, self.weight.detach().to(dtype), bias)
+            with torch.inference_mode(False):  # copies first made in evaluation serve training too
+                bias = None if self.bias is None else self.bias.detach().to(dtype)
+                self._copies = (key, self.weight.detach().to(dtype), bias)
         return self._copies[1], self._copies[2]
+
+    def compute_in(self, dtype: torch.dtype | None) -> None:
+        """Sets `compute_dtype`; copies in another dtype are dropped."""
+        if dtype != self.compute_dtype:
+            self.compute_dtype, self._copies = dtype, None
 
     @property
     def copies(self) -> tuple[Tensor, ...]:

@@ -3,11 +3,12 @@
     h = W·x + b + s·B·A·m(x)        s = scaling / (1 - p),  m = dropout's mask, p its probability
 
 Written plainly, autograd would keep x for A and again with the mask laid over it, a copy of W where
-autocast casts it, and the scaled products. What backward needs is less, with g = ∂L/∂h, n rows:
+autocast casts it, and the scaled products. What backward needs is less; for one row x of the batch, with
+g = ∂L/∂h, and the first two summed over its n rows:
 
-    ∂L/∂B = s·gᵀ·(A·m(x))           keeps the thin product A·m(x), (n, r)
-    ∂L/∂A = s·(B·gᵀ)·m(x)           keeps x, (n, in): one tensor for query, key and value
-    ∂L/∂x = W·g + m(s·A·B·g)        keeps the mask, a bit an element (CUDA: a byte), and W itself, no copy
+    ∂L/∂B = s·g·(A·m(x))ᵀ           keeps the thin product A·m(x), (n, r)
+    ∂L/∂A = s·(Bᵀ·g)·m(x)ᵀ          keeps x, (n, in): one tensor for query, key and value
+    ∂L/∂x = Wᵀ·g + m(s·Aᵀ·Bᵀ·g)     keeps the mask, a bit an element (CUDA: a byte), and W itself, no copy
 
 W and b are frozen and get no gradient; ∂L/∂x is left out where nobody needs it. Everything thin is
 multiplied first (n·r numbers, not n·in), the order that is cheapest for any r below in and out

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
-from transformers.models.roberta.modeling_roberta import RobertaLayer
+from transformers.models.roberta.modeling_roberta import RobertaClassificationHead, RobertaLayer
 
 from lora.dropout import draw_keep, pack, unpack, zero_dropped
 from lora.frozen import FrozenLinear
@@ -32,10 +32,11 @@ _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def speed_up(model: PreTrainedModel, precision: str = "bf16") -> None:
-    """Makes the model's forward and backward faster, in place; a second call changes nothing.
+    """Makes the model's forward and backward faster, in place; the same call again changes nothing.
 
     Dropout and attention are swapped for the ones here. A RobertaForSequenceClassification's last layer
-    computes in training what its head reads, the first token's row, and no other. With precision bf16 or
+    computes in training what its head reads, the first token's row, and no other: last_hidden_state is
+    then (B, 1, D), so a head that reads more must be there before this call. With precision bf16 or
     fp16, every frozen Linear gets a copy of its weight in that dtype, for use under autocast: 2 bytes a
     weight (count_parameters shows them), where autocast would cast at every forward. Parameters stay as
     they are. Outputs in eval mode stay the same to the precision at hand; in training, dropout draws
@@ -53,9 +54,10 @@ def speed_up(model: PreTrainedModel, precision: str = "bf16") -> None:
                 setattr(parent, name, FrozenLinear(child))
     for module in model.modules():
         if isinstance(module, FrozenLinear):
-            module.compute_dtype = _DTYPES[precision]
+            module.compute_in(_DTYPES[precision])
     model.set_attn_implementation(ATTENTION)
-    if type(model) is RobertaForSequenceClassification:
+    head = getattr(model, "classifier", None)
+    if type(model) is RobertaForSequenceClassification and type(head) is RobertaClassificationHead:
         last = model.roberta.encoder.layer[-1]
         if type(last) is RobertaLayer and not last.is_decoder:
             last.__class__ = FirstTokenLayer  # the same module with another forward
@@ -65,16 +67,17 @@ class FirstTokenLayer(RobertaLayer):  # type: ignore[misc]
     """RobertaForSequenceClassification's last layer in training: the head reads the first token's row alone.
 
     So query, attention and feed-forward are computed for that row, and key and value for all:
-    hidden_states (B, L, D) -> (B, 1, D). In eval mode it is RobertaLayer: (B, L, D) -> (B, L, D).
+    hidden_states (B, L, D) -> (B, 1, D). In eval mode, or with another attention than the one here, it is
+    RobertaLayer: (B, L, D) -> (B, L, D).
     """
 
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *rest: Any, **kwargs: Any
     ) -> Tensor:
-        if not self.training:
+        attention = self.attention.self
+        if not self.training or attention.config._attn_implementation != ATTENTION:
             out: Tensor = super().forward(hidden_states, attention_mask, *rest, **kwargs)
             return out
-        attention = self.attention.self
 
         def heads(x: Tensor) -> Tensor:  # (B, L, D) -> (B, H, L, d)
             return x.view(*x.shape[:-1], -1, attention.attention_head_size).transpose(1, 2)
@@ -100,7 +103,7 @@ class FastDropout(nn.Dropout):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        if x.device.type != "cpu" or _traced():
+        if x.device.type != "cpu" or self.p == 1 or _traced():
             return super().forward(x)
         out: Tensor = _Dropout.apply(x, self.p)  # type: ignore[no-untyped-call]
         return out
@@ -133,9 +136,15 @@ def fast_attention(
 ) -> tuple[Tensor, None]:
     """Attention in transformers' own interface: query (B, H, M, d), key, value (B, H, L, d) -> (B, M, H, d).
 
-    attention_mask: True where a key is attended, broadcast to (B, H, M, L), or None.
+    attention_mask: True where a key is attended, broadcast to (B, H, M, L), or None. Where there is more to
+    it (a causal model without a mask, an additive mask, heads that share keys), torch's own attention.
     """
-    if query.device.type != "cpu" or _traced() or query.shape[:2] != key.shape[:2]:
+    plain = query.shape[:2] == key.shape[:2] and (
+        attention_mask.dtype == torch.bool
+        if attention_mask is not None
+        else query.shape[2] == 1 or not getattr(module, "is_causal", False)
+    )
+    if query.device.type != "cpu" or _traced() or not plain:
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest
         )
@@ -215,7 +224,7 @@ def _heads(x: Tensor, factor: float = 1.0) -> Tensor:
 
 
 def _traced() -> bool:
-    """Inside torch.compile or torch.func, which do not see through an autograd function."""
+    """Inside torch.compile, which fuses the plain operations by itself, or torch.func, which needs them."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 

@@ -299,6 +299,23 @@ def test_attention_equals_torchs(masked, queries):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_causal_model_and_an_additive_mask_are_left_to_torchs_attention():
+    q, k, v = heads()
+    causal = nn.Module()
+    causal.is_causal = True
+    added = torch.zeros(2, 1, 6, 6).masked_fill(~padding_mask(), float("-inf"))
+    wanted = {
+        "causal": F.scaled_dot_product_attention(q, k, v, is_causal=True),
+        "masked": F.scaled_dot_product_attention(q, k, v, attn_mask=added),
+    }
+    got = {
+        "causal": fast_attention(causal, q, k, v, None)[0],
+        "masked": fast_attention(nn.Module(), q, k, v, added)[0],
+    }
+    for name, out in got.items():
+        torch.testing.assert_close(out, wanted[name].transpose(1, 2), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("queries", [6, 1])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_with_dropout_passes_gradcheck(masked, queries):
@@ -394,10 +411,7 @@ def test_the_last_layer_for_the_first_token_alone_trains_the_same(config, input_
     fast.roberta.encoder.layer[-1].register_forward_hook(lambda _, __, out: rows.append(out.shape[1]))
     logits = []
     for model in (stock, fast):
-        model.train()
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+        without_dropout(model.train())
         logits.append(model(input_ids, attention_mask=MASK).logits)
         logits[-1].square().sum().backward()
     assert rows == [1]
@@ -420,6 +434,21 @@ def test_in_eval_mode_and_for_another_head_every_row_is_there(config, input_ids)
     other = RobertaForTokenClassification(stock.config).train()
     speed_up(other, "fp32")
     assert other(input_ids).logits.shape[:2] == (3, 10)
+    stock.classifier = nn.Identity()
+    speed_up(stock, "fp32")
+    assert stock.train()(input_ids).logits.shape == (3, 10, 32)
+
+
+@torch.no_grad()
+def test_in_training_another_attention_may_be_chosen_after_all(config, input_ids):
+    stock, fast = adapted(replace(config, lora_dropout=0.0), "fp32")
+    logits = []
+    for model in (stock, fast):
+        model.set_attn_implementation("eager")
+        without_dropout(model.train())
+        logits.append(model(input_ids, attention_mask=MASK).logits)
+    # float32: some hundred roundings
+    assert (logits[0] - logits[1]).abs().max() <= 1e-5 * logits[0].abs().max()
 
 
 @torch.no_grad()
@@ -434,7 +463,33 @@ def test_in_training_outputs_spread_as_the_stock_models_do(config, input_ids):
         ids = input_ids[:1].expand(draws, -1)
         logits = model(ids).logits.double()
         statistics.append((logits.mean(0), logits.std(0)))
-    (mean, spread), (quick_mean, quick_spread) = statistics
+    assert_same_spread(*statistics)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, -1])
+def test_attentions_own_dropout_spreads_the_outputs_as_the_stock_models_does(config, input_ids, layer):
+    """As above, with no dropout but that of one layer's attention, which the others would drown."""
+    stock, fast = adapted(replace(config, lora_dropout=0.0), "fp32")
+    draws = 1500
+    statistics = []
+    for model in (stock, fast):
+        without_dropout(model.train())
+        model.roberta.encoder.layer[layer].attention.self.dropout.p = 0.5
+        torch.manual_seed(0)
+        logits = model(input_ids[:1].expand(draws, -1)).logits.double()
+        statistics.append((logits.mean(0), logits.std(0)))
+    assert_same_spread(*statistics)
+
+
+def without_dropout(model):
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+
+
+def assert_same_spread(stock, fast, draws=1500):
+    (mean, spread), (quick_mean, quick_spread) = stock, fast
     assert (spread > 0.1).all()
     sigma = spread * math.sqrt(2 / draws)
     assert ((mean - quick_mean).abs() < FALSE_ALARM_SIGMAS * sigma).all()
@@ -516,6 +571,23 @@ def test_copies_follow_their_weights_through_merges_and_changes(config, input_id
 def _logits(model, input_ids):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         return model(input_ids).logits
+
+
+def test_copies_made_in_inference_mode_serve_training(config, input_ids):
+    _, fast = adapted(config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.inference_mode():
+            fast(input_ids)
+        fast.train()(input_ids).logits.float().sum().backward()
+
+
+def test_copies_in_another_precision_are_given_back(config, input_ids):
+    _, fast = adapted(config)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        fast(input_ids)
+    assert sum(len(module.copies) for module in fast.modules() if isinstance(module, FrozenLinear))
+    speed_up(fast, "fp32")
+    assert not any(module.copies for module in fast.modules() if isinstance(module, FrozenLinear))
 
 
 def test_the_ledger_shows_what_copies_cost(config, input_ids):
