@@ -74,7 +74,7 @@ def test_rates_are_chosen_by_validation_and_no_cell_is_run_twice(runs):
     assert {row["name"]: row["learning_rate"] for row in found["rows"]} == {
         "full": 6e-5, "head only": 2e-3, "LoRA r=1, query, value": 2e-3, "LoRA r=8, query, value": 2e-3,
     }  # fmt: skip
-    assert sum(row["chosen"] for row in found["tuning"]) == 3
+    assert sum(row["chosen"] for row in found["tuning"]) == 3 * 2  # as a trial and as a finalist
     # 4 candidates for 3 modes, of which the chosen one is a cell; 2 more seeds for 3, and 3 seeds of r = 1
     assert len(runs) == len(set(runs)) == 3 * 4 + 3 * 2 + 3
     again = accuracy._data_set("bbc", lora, quick=False)
@@ -86,7 +86,8 @@ def test_on_a_large_data_set_rates_are_tried_on_a_part_of_it(runs):
     found = accuracy._data_set("large", [Mode("lora", 8, QUERY_VALUE)], quick=False)
     trials = [run for run in runs if run[-1] is not None]
     assert len(trials) == 3 * 4
-    assert len(runs) == 3 * 4 + 3 * 3  # a cell is on all of it, so no trial is one
+    # A cell is on all of it, so no trial is one; two finalists for each of 3 modes, one of them a cell.
+    assert len(runs) == 3 * 4 + 3 * 2 + 3 * 2
     assert (found["tried_on"], found["train_articles"]) == (4500, 100)
 
 
