@@ -53,15 +53,19 @@ bench: $(VENV)/.run  ## what LoRA costs and saves against full fine-tuning; minu
 
 bench-merging: $(PEERS)/.run  ## what merging rounds and how weights drift, beside PEFT
 	$(PEERS)/bin/python -m bench merging --save $(ARGS)
+	$(PEERS)/bin/python -m bench.readme
 
-bench-peers: $(PEERS)/.run  ## a training step beside PEFT's: time, memory, the same gradients
+bench-peers: $(PEERS)/.run bench-merging  ## a training step beside PEFT's: time, memory, the same gradients
 	$(PEERS)/bin/python -m bench peers --save $(ARGS)
+	$(PEERS)/bin/python -m bench.readme
 
 bench-original: $(PEERS)/.run  ## an epoch as the original project runs it, beside ours; ARGS="--data FOLDER"
 	$(PEERS)/bin/python -m bench original --save $(ARGS)
+	$(PEERS)/bin/python -m bench.readme
 
-bench-accuracy: $(VENV)/.run  ## full, LoRA by rank, head: an hour the first time; ARGS="--data FOLDER" for AG News
+bench-accuracy: $(VENV)/.run  ## full, LoRA by rank, head: half an hour; ARGS="--data FOLDER" adds AG News, two hours
 	$(RUN) -m bench accuracy --save $(ARGS)
+	$(RUN) -m bench.readme
 
 lint: $(VENV)/.dev  ## check style and types
 	$(VENV)/bin/ruff check .

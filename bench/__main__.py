@@ -15,6 +15,7 @@ import torch
 
 from bench import accuracy, anatomy, growth, inference, memory, merging, original, peers, recipes, throughput
 from bench.readme import RESULTS
+from train.data import DataError, load_news
 from train.hardware import device_name, keep_freed_memory, resolve_device
 
 # Each has run(quick) -> dict and table(result) -> str; figures(result, folder) where it draws.
@@ -30,7 +31,7 @@ PARTS: dict[str, Any] = {
     "recipes": recipes,
     "anatomy": anatomy,
 }
-AS_IT_COMES = ("original", "peers")  # memory allocation as those have it who use the others
+AS_IT_COMES = ("original",)  # memory allocation as the original's users have it
 WITH_DATA = ("original", "accuracy", "recipes")  # whose run takes AG News as well
 ALL = ("throughput", "memory", "inference", "growth")  # what "all" runs: minutes, and no peer needed
 
@@ -51,10 +52,20 @@ def main(arguments: list[str] | None = None) -> int:
         help="AG News for original, accuracy, recipes: a folder of CSVs, or a hub's data set",
     )
     options = parser.parse_args(arguments)
-    if options.data is not None and options.part not in WITH_DATA:
-        parser.error(f"--data goes with {', '.join(WITH_DATA)}, not with {options.part}")
-    if options.data is not None and Path(options.data).is_dir():
-        options.data = str(Path(options.data).resolve())
+    if options.data is not None:
+        if options.part not in WITH_DATA:
+            parser.error(f"--data goes with {', '.join(WITH_DATA)}, not with {options.part}")
+        try:
+            load_news(options.data, validation_fraction=0.05, seed=0)  # an error now, not after an hour
+        except DataError as error:
+            parser.error(f"--data: {error}")
+        if Path(options.data).is_dir():
+            options.data = str(Path(options.data).resolve())
+    folder = results_folder(resolve_device("auto"))
+    if options.save and not options.quick and options.data is None:
+        lost = _given_data(folder / f"{options.part}.json")
+        if lost:
+            parser.error(f"--save would lose what {folder / options.part}.json has of {lost}; give --data")
     if options.part not in AS_IT_COMES:
         keep_freed_memory()
     names = ALL if options.part == "all" else (options.part,)
@@ -64,12 +75,14 @@ def main(arguments: list[str] | None = None) -> int:
         started = time.perf_counter()
         part = PARTS[name]
         result = {"part": name, "quick": options.quick, **_surroundings(), **_run(part, options)}
+        if options.data is not None:
+            result["given_data"] = Path(options.data).name
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
         print(f"{name}\n\n{part.table(result)}\n" if len(names) > 1 else part.table(result))
         if options.save and options.quick:
             print(f"{name}: a quick run is not kept", file=sys.stderr)
         elif options.save:
-            _save(part, result, results_folder(resolve_device("auto")))
+            _save(part, result, folder)
         results[name] = result
     whole = {"part": "all", **results} if options.part == "all" else results[options.part]
     print(json.dumps(whole))
@@ -79,6 +92,12 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(part: Any, options: argparse.Namespace) -> dict[str, Any]:
     found = part.run(options.quick, options.data) if options.part in WITH_DATA else part.run(options.quick)
     return dict(found)
+
+
+def _given_data(path: Path) -> str | None:
+    """What --data named when the results there were made."""
+    found: str | None = json.loads(path.read_text()).get("given_data") if path.is_file() else None
+    return found
 
 
 def results_folder(device: torch.device) -> Path:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from bench.recipes import RUNS
 from bench.tables import bullets
-from train.anatomy.report import FACTS, study
+from train.anatomy.report import FACTS, FOLDER, study
 from train.runs import RunError
 
 _RUN, _OTHER_SEED = RUNS / "quickstart", RUNS / "seed1"
@@ -19,11 +22,18 @@ def run(quick: bool) -> dict[str, Any]:
 
     Raises SystemExit if the runs are not there.
     """
-    try:
-        page = study(_RUN, [_OTHER_SEED], matrix_only=quick, say=lambda words: print(words, file=sys.stderr))
-    except RunError as error:
-        raise SystemExit(f"anatomy: {error}; `python -m bench recipes` trains what is looked at") from error
-    facts = json.loads(page.with_name(FACTS).read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        looked_at = _RUN
+        if quick and _RUN.is_dir():  # a copy, for a quick look must not replace the run's whole anatomy
+            kept = shutil.ignore_patterns("checkpoint", FOLDER)
+            looked_at = Path(shutil.copytree(_RUN, Path(folder) / _RUN.name, ignore=kept))
+        try:
+            page = study(looked_at, [_OTHER_SEED], matrix_only=quick, say=_say)
+        except RunError as error:
+            raise SystemExit(
+                f"anatomy: {error}; `python -m bench recipes` trains what is looked at"
+            ) from error
+        facts = json.loads(page.with_name(FACTS).read_text(encoding="utf-8"))
     layers = facts["layers"].values()
     similarity = facts["similarity"][0]["layers"].values()
     experiments = facts["experiments"] or {}
@@ -76,3 +86,7 @@ def table(result: dict[str, Any]) -> str:
 def _extremes(values: Any) -> list[float]:
     found = list(values)
     return [min(found), max(found)]
+
+
+def _say(words: str) -> None:
+    print(words, file=sys.stderr)

@@ -16,6 +16,7 @@ from bench.steps import (
     QUERY_VALUE,
     Contestant,
     contestant,
+    held_bytes,
     in_turn,
     memory_bytes,
     milliseconds,
@@ -86,11 +87,11 @@ def run(quick: bool) -> dict[str, Any]:
     return {
         "seed": 0, "precision": precision, "rounds": over.rounds,
         "shape_rounds": over.shape_rounds, "model": model_name, "points": points,
-        "lora_stops_paying": {
-            f"{sweep}, {targets}": _crossing(points, sweep, targets)
+        "lora_stops_paying": [
+            {"sweep": sweep, "targets": targets, "at": _crossing(points, sweep, targets)}
             for sweep, targets in (*(("rank", name) for name in TARGETS), ("batch", "query, value"),
                                    ("length", "query, value"))
-        },
+        ],
     }  # fmt: skip
 
 
@@ -113,12 +114,13 @@ def table(result: dict[str, Any]) -> str:
                 f"{result['model']}, {result['precision']}; {result['device']}. Medians of {result['rounds']}"
                 f" interleaved rounds by rank, {result['shape_rounds']} by shape. Rank {ranks[0]} to"
                 f" {ranks[-1]} at {shape[0]} x {shape[1]} tokens;"
-                " memory held is weights, copies, gradients, optimizer state and saved activations."
+                " memory held is weights, copies, optimizer state and the larger of gradients and saved"
+                " activations, for one comes as the other goes."
             ),
             markdown(by_rank),
             "LoRA with r = 8 on query and value, by batch and by length:",
             markdown(by_shape),
-            "\n".join(f"- {_verdict(key, at)}" for key, at in result["lora_stops_paying"].items()),
+            "\n".join(f"- {_verdict(**found)}" for found in result["lora_stops_paying"]),
         ]
     )
 
@@ -129,13 +131,17 @@ def figures(result: dict[str, Any], folder: Path) -> None:
     for line, (label, value) in zip(axes, (("ms a step", _ms), ("MiB held", _mib)), strict=True):
         _draw_ranks(line[0], result["points"], value)
         for axis, sweep, field in ((line[1], "batch", "rows"), (line[2], "length", "length")):
-            for mode, color in (("full", draw.BLUE), ("lora", draw.ORANGE)):
+            for mode, color, name in (
+                ("full", draw.BLUE, "full fine-tuning"),
+                ("lora", draw.ORANGE, "LoRA, query, value"),
+            ):
                 points = [p for p in result["points"] if p["sweep"] == sweep and p["mode"] == mode]
                 x = [point[field] for point in points]
-                axis.plot(x, [value(point) for point in points], marker="o", color=color)
-        for axis, words in zip(
-            line, ("rank", "rows of a batch, r = 8", "tokens of a row, r = 8"), strict=True
-        ):
+                axis.plot(x, [value(point) for point in points], marker="o", color=color, label=name)
+        xlabels = (
+            "rank, 32 rows of 56 tokens", "rows of 56 tokens, r = 8", "tokens of each of 4 rows, r = 8",
+        )  # fmt: skip
+        for axis, words in zip(line, xlabels, strict=True):
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:.0f}")
             axis.set(xlabel=words, ylabel=label, ylim=(0, None))
@@ -158,7 +164,7 @@ def _draw_ranks(axis: Any, points: list[dict[str, Any]], value: Callable[[dict[s
         axis.plot(x, [value(p) for p in curve], marker="o", color=color, label=f"LoRA, {name}")
     for mode, color, name in (("full", draw.BLUE, "full fine-tuning"), ("head", draw.GREY, "head only")):
         level = next(value(point) for point in points if point["mode"] == mode)
-        axis.axhline(level, color=color, linestyle="--", label=name)
+        axis.axhline(level, color=color, label=name)
 
 
 def _compare(
@@ -166,7 +172,7 @@ def _compare(
 ) -> list[dict[str, Any]]:
     laps = in_turn({key: entrant.step for key, entrant in entrants.items()}, rounds, warm_up)
     seconds = {key: [sum(lap) for lap in laps[key]] for key in entrants}
-    held = {key: sum(memory_bytes(entrant).values()) for key, entrant in entrants.items()}
+    held = {key: held_bytes(memory_bytes(entrant)) for key, entrant in entrants.items()}
     full = ("full", "", 0)
     return [
         {
@@ -190,8 +196,7 @@ def _crossing(points: list[dict[str, Any]], sweep: str, targets: str) -> dict[st
     return None
 
 
-def _verdict(key: str, at: dict[str, Any] | None) -> str:
-    sweep, targets = key.split(", ", 1)
+def _verdict(sweep: str, targets: str, at: dict[str, Any] | None) -> str:
     if at is None:
         return f"By {sweep}, on {targets}: LoRA's step is the faster one at every point measured."
     return (

@@ -22,7 +22,7 @@ from bench.steps import (
     time_in_turn,
     time_once,
 )
-from bench.tables import markdown, prose, quantity
+from bench.tables import markdown, prose, quantity, spread
 from lora import eject, inject, load_adapter, merge, save_adapter, unmerge
 from lora.tree import lora_layers
 from model import load_base, speed_up
@@ -32,7 +32,7 @@ STATES = {"base": "base model", "apart": "adapter beside it", "merged": "adapter
 ACTS = {
     "merge": "merge",
     "unmerge": "unmerge",
-    "load": "load: check the files, hash the base, inject",
+    "load": "load: check the files, hash the adapted weights, inject",
     "swap": "swap: eject, load another, speed up",
 }
 LENGTH = 56
@@ -79,23 +79,14 @@ def table(result: dict[str, Any]) -> str:
 
     def cell(batch: dict[str, Any], state: str) -> str:
         time, over = batch["milliseconds"][state], batch["over_base"][state]
-        return (
-            f"{quantity(time['median'])} ({quantity(time['low'])}-{quantity(time['high'])}), {over:.2f} times"
-        )
+        return f"{quantity(time['median'])} ({spread(time)}), {over:.2f} times"
 
     heads = [f"{batch['rows']} x {result['length']} tokens, ms" for batch in result["batches"]]
     states = [
         [words, *(cell(batch, state) for batch in result["batches"])] for state, words in STATES.items()
     ]
     times = result["acts_milliseconds"]
-    acts = [
-        [
-            words,
-            quantity(times[act]["median"]),
-            f"{quantity(times[act]['low'])}-{quantity(times[act]['high'])}",
-        ]
-        for act, words in ACTS.items()
-    ]
+    acts = [[words, quantity(times[act]["median"]), spread(times[act])] for act, words in ACTS.items()]
     return "\n\n".join(
         [
             prose(

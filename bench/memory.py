@@ -97,7 +97,10 @@ def figures(result: dict[str, Any], folder: Path) -> None:
             axis.plot([at - 0.36, at + 0.36], [peak, peak], color="black", label=label)
             axis.annotate(f"{peak:,.0f}", (at + 0.29, peak), (2, 3), textcoords="offset points", fontsize=8)
         axis.set_xticks(range(len(rows)), [MODES[kind] for kind in rows])
-        axis.set(ylabel="MiB", title=f"{name}, {row['rows']} x {row['length']} tokens")
+        axis.set(
+            ylabel="MiB, each part when it is largest",
+            title=f"{name}, {row['rows']} x {row['length']} tokens",
+        )
     draw.save(figure, folder / "memory.png")
 
 

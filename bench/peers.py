@@ -25,7 +25,7 @@ from bench.steps import (
     time_in_turn,
     time_once,
 )
-from bench.tables import markdown, mebibytes, prose, quantity
+from bench.tables import markdown, mebibytes, prose, quantity, spread
 from lora import LoRALinear, eject, inject, load_adapter, save_adapter
 from lora.tree import lora_layers
 from model import load_base
@@ -85,16 +85,14 @@ def table(result: dict[str, Any]) -> str:
     parts = []
     for row in result["rows"]:
         times, memory = row["milliseconds"], row["memory_bytes"]
-        lines = [
-            ["", "ms a step", "quartiles", "times ours", "kept for backward, MiB", "with weights and all"]
-        ]
+        lines = [["", "ms a step", "quartiles", "times ours", "kept for backward, MiB", "all parts, MiB"]]
         for kind, words in NAMES.items():
             if kind in memory:
                 lines.append(
                     [
                         words,
                         quantity(times[kind]["median"]),
-                        f"{quantity(times[kind]['low'])}-{quantity(times[kind]['high'])}",
+                        spread(times[kind]),
                         f"{row['over_ours'].get(kind, 1):.2f}",
                         mebibytes(memory[kind]["activations"]),
                         mebibytes(sum(memory[kind].values())),
@@ -116,7 +114,7 @@ def table(result: dict[str, Any]) -> str:
         parts.append(
             prose(
                 f"Loading a saved adapter into {result['loading']['model']}, files checked:"
-                f" {quantity(load['here']['median'])} ms here, and without hashing the base"
+                f" {quantity(load['here']['median'])} ms here, and without hashing weights"
                 f" (check_base=False) {quantity(load['here, base unchecked']['median'])} ms;"
                 f" {quantity(load['peft']['median'])} ms by PEFT, which checks neither files nor base."
             )

@@ -232,6 +232,14 @@ def memory_bytes(entrant: Contestant) -> dict[str, int]:
     }
 
 
+def held_bytes(parts: Mapping[str, int]) -> int:
+    """The most of `memory_bytes`' parts that a step holds at once.
+
+    Gradients come as backward lets go of activations, so the smaller of the two is not counted.
+    """
+    return sum(parts.values()) - min(parts["gradients"], parts["activations"])
+
+
 class Products:
     """A step's own matrix products and nothing else; calling it computes them once. flops: of one call."""
 

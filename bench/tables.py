@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
@@ -33,6 +33,11 @@ def bullets(lines: Sequence[str]) -> str:
 def quantity(value: float) -> str:
     """Three digits that matter: 1,234 · 123 · 12.3 · 1.23."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def spread(times: Mapping[str, float]) -> str:
+    """The quartiles of what `bench.steps.milliseconds` gives: 1.23-1.45."""
+    return f"{quantity(times['low'])}-{quantity(times['high'])}"
 
 
 def size(count: float) -> str:

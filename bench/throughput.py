@@ -27,7 +27,7 @@ from bench.steps import (
     ratio,
     time_once,
 )
-from bench.tables import markdown, prose, quantity, size
+from bench.tables import markdown, prose, quantity, size, spread
 from lora import count_parameters
 from model import HEAD
 from train.config import Recipe
@@ -85,8 +85,7 @@ def table(result: dict[str, Any]) -> str:
         return quantity(cell["milliseconds"][phase]["median"])
 
     def step(cell: dict[str, Any]) -> str:
-        low, high = cell["milliseconds"]["step"]["low"], cell["milliseconds"]["step"]["high"]
-        return f"{time(cell, 'step')} ({quantity(low)}-{quantity(high)})"
+        return f"{time(cell, 'step')} ({spread(cell['milliseconds']['step'])})"
 
     shapes = ", ".join(
         f"{row['model']} at {row['rows']} x {row['length']} tokens" for row in result["models"]

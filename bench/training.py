@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -15,8 +16,12 @@ from train.runs import CONFIG, SUMMARY, run_recipe
 QUICK = {"epochs": 1, "max_length_tokens": 16, "max_train_examples": 64}  # a recipe's fields, to see it run
 
 
-def finish_run(recipe: str, settings: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def finish_run(
+    recipe: str, settings: Mapping[str, Any], folder: Path, threads: int | None = None
+) -> dict[str, Any]:
     """The summary of the run in `folder`: of `recipe` with those fields set. Runs it if there is none yet.
+
+    threads: of the run on the CPU; None leaves it to torch.
 
     Raises RuntimeError with the run's own message where it fails, or if other settings were run there.
     """
@@ -29,7 +34,8 @@ def finish_run(recipe: str, settings: Mapping[str, Any], folder: Path) -> dict[s
             command += ["--set", f"{key}={json.dumps(value)}"]
         if (folder / CONFIG).is_file():
             command.append("--resume")
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        surroundings = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=surroundings)
         if done.returncode:
             said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise RuntimeError(f"{folder}: {said[-1]}")

@@ -20,6 +20,7 @@ from bench.steps import (
     PHASES,
     Contestant,
     contestant,
+    held_bytes,
     in_turn,
     matrix_products,
     memory_bytes,
@@ -142,8 +143,8 @@ def test_growth_covers_its_range_and_names_the_first_point_at_which_lora_is_no_f
     assert growth.Range().ranks[0] == 1
     assert growth.Range().ranks[-1] == 256
     assert [length for _, length in growth.Range().lengths][:: len(growth.Range().lengths) - 1] == [32, 512]
-    for key, at in results["growth"]["lora_stops_paying"].items():
-        sweep, targets = key.split(", ", 1)
+    for found in results["growth"]["lora_stops_paying"]:
+        sweep, targets, at = found["sweep"], found["targets"], found["at"]
         ratios = [p["step_over_full"] for p in points if (p["sweep"], p["targets"]) == (sweep, targets)]
         assert (at["step_over_full"] if at else None) == next((ratio for ratio in ratios if ratio >= 1), None)
     grown = [p["trainable"] for p in points if p["targets"] == "query, value" and p["sweep"] == "rank"]
@@ -160,6 +161,32 @@ def test_a_quick_run_is_not_kept(monkeypatch, tmp_path, capsys):
     assert main(["growth", "--save"]) == 0
     (kept,) = tmp_path.rglob("*.json")
     assert json.loads(kept.read_text()) == json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_results_of_given_data_are_not_lost_to_a_run_without_it(monkeypatch, tmp_path, capsys):
+    module = importlib.import_module("bench.__main__")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(module, "load_news", lambda *_, **__: None)
+    part = type("Part", (), {"run": lambda quick, data: {"x": data}, "table": lambda result: "table"})
+    monkeypatch.setitem(PARTS, "accuracy", part)
+    assert main(["accuracy", "--save"]) == 0
+    assert main(["accuracy", "--save", "--data", "some_news"]) == 0
+    with pytest.raises(SystemExit):
+        main(["accuracy", "--save"])
+    assert "would lose what" in capsys.readouterr().err
+    assert json.loads((tmp_path / "accuracy.json").read_text())["x"] == "some_news"
+
+
+def test_data_that_is_not_there_is_an_error_before_anything_runs(capsys):
+    with pytest.raises(SystemExit):
+        main(["accuracy", "--data", "./no/such"])
+    assert "./no/such: there is no such folder" in capsys.readouterr().err
+
+
+def test_what_a_step_holds_counts_the_larger_of_gradients_and_activations():
+    parts = {"weights": 100, "weight_copies": 10, "optimizer": 4, "gradients": 2, "activations": 30}
+    assert held_bytes(parts) == 144
+    assert held_bytes(parts | {"gradients": 50}) == 164
 
 
 # --- steps side by side -----------------------------------------------------------------------------
