@@ -71,7 +71,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run on `data`. trial: of a rate; shrunk: with what QUICK says instead of SETTINGS."""
+    """One training run on `data`. trial: of a rate, on a part; shrunk: with what QUICK says instead."""
 
     data: str
     mode: Mode
@@ -88,13 +88,9 @@ class Cell:
             else self.mode.method
         )
         size = "quick" if self.shrunk else "whole"
-        if self._on_a_part:
+        if self.trial:
             what = f"trial-{what}"
         return RUNS / size / Path(self.data).name / f"{what}-lr{self.learning_rate:g}-seed{self.seed}"
-
-    @property
-    def _on_a_part(self) -> bool:
-        return self.trial and self.data != "bbc"
 
     def finish(self) -> dict[str, Any]:
         """The run's summary. Raises RuntimeError as finish_run does."""
@@ -106,7 +102,7 @@ class Cell:
         fields |= {"method": self.mode.method, "learning_rate": self.learning_rate, "seed": self.seed}
         if self.mode.method == "lora":
             fields |= {"r": self.mode.r, "target_modules": self.mode.targets}
-        if self._on_a_part:
+        if self.trial:
             fields |= TRIED_ON
         return fields | (QUICK if self.shrunk else {})
 
@@ -164,7 +160,7 @@ def _set_table(found: dict[str, Any], result: dict[str, Any]) -> list[str]:
                 mebibytes(row["peak_memory_bytes"]),
             ]
         )
-    settings = result["settings"]
+    settings, rates = result["settings"], result["candidate_rates"]
     trials = f" (rates tried on {found['tried_on']:,}, the two best on all)" if found["tried_on"] else ""
     words = (
         f"{found['data']}: {found['train_articles']:,} articles to train on{trials} and"
@@ -176,7 +172,7 @@ def _set_table(found: dict[str, Any], result: dict[str, Any]) -> list[str]:
     edges = [
         row["name"]
         for row in found["rows"]
-        if row["learning_rate"] in (RATES[row["method"]][0], RATES[row["method"]][-1])
+        if row["learning_rate"] in (rates[row["method"]][0], rates[row["method"]][-1])
     ]
     if edges:
         words += (
@@ -243,7 +239,7 @@ def _data_set(data: str, lora: list[Mode], quick: bool) -> dict[str, Any]:
     modes = [Mode("full"), Mode("head"), *lora]
     tuned = list(dict.fromkeys(replace(mode, r=TUNED_RANK) if mode.r else mode for mode in modes))
     candidates = [
-        Cell(data, mode, rate, 0, quick, trial=True)
+        Cell(data, mode, rate, 0, quick, trial=data != "bbc")
         for mode in tuned
         for rate in (RATES[mode.method][1:2] if quick else RATES[mode.method])
     ]

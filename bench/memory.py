@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import draw
-from bench.steps import MODES, QUICK_SHAPES, SHAPES
+from bench.steps import MODES, QUICK_SHAPES, SHAPES, held_bytes
 from bench.tables import markdown, mebibytes, prose
 from train.hardware import resolve_device, resolve_precision
 
@@ -105,8 +105,7 @@ def figures(result: dict[str, Any], folder: Path) -> None:
 
 
 def _above_held(row: dict[str, Any]) -> int:
-    held = max(row["after_forward_bytes"], row["after_backward_bytes"])
-    return int(row["peak_above_bare_bytes"] - held)
+    return int(row["peak_above_bare_bytes"] - held_bytes(row["components"]))
 
 
 def _in_a_process(*arguments: str) -> dict[str, Any]:

@@ -94,7 +94,8 @@ def test_on_a_large_data_set_rates_are_tried_on_a_part_of_it(runs):
 def test_a_row_has_its_seeds_mean_interval_and_pairs(runs):
     result = {
         "sets": [accuracy._data_set("bbc", [Mode("lora", 8, QUERY_VALUE)], quick=False)],
-        "settings": accuracy.SETTINGS, "precision": "bf16", "device": "a CPU",
+        "settings": accuracy.SETTINGS, "candidate_rates": accuracy.RATES,
+        "precision": "bf16", "device": "a CPU",
     }  # fmt: skip
     full, _, lora = result["sets"][0]["rows"]
     assert full["test_accuracy"] == lora["test_accuracy"] == [0.6, 0.7, 0.6]

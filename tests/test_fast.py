@@ -453,17 +453,8 @@ def test_in_training_another_attention_may_be_chosen_after_all(config, input_ids
 
 @torch.no_grad()
 def test_in_training_outputs_spread_as_the_stock_models_do(config, input_ids):
-    """Mean and standard deviation of each logit over 1,500 draws of dropout."""
     stock, fast = adapted(config, "fp32")
-    draws = 1500
-    statistics = []
-    for model in (stock, fast):
-        model.train()
-        torch.manual_seed(0)
-        ids = input_ids[:1].expand(draws, -1)
-        logits = model(ids).logits.double()
-        statistics.append((logits.mean(0), logits.std(0)))
-    assert_same_spread(*statistics)
+    assert_same_spread(stock.train(), fast.train(), input_ids)
 
 
 @torch.no_grad()
@@ -471,15 +462,10 @@ def test_in_training_outputs_spread_as_the_stock_models_do(config, input_ids):
 def test_attentions_own_dropout_spreads_the_outputs_as_the_stock_models_does(config, input_ids, layer):
     """As above, with no dropout but that of one layer's attention, which the others would drown."""
     stock, fast = adapted(replace(config, lora_dropout=0.0), "fp32")
-    draws = 1500
-    statistics = []
     for model in (stock, fast):
         without_dropout(model.train())
         model.roberta.encoder.layer[layer].attention.self.dropout.p = 0.5
-        torch.manual_seed(0)
-        logits = model(input_ids[:1].expand(draws, -1)).logits.double()
-        statistics.append((logits.mean(0), logits.std(0)))
-    assert_same_spread(*statistics)
+    assert_same_spread(stock, fast, input_ids)
 
 
 def without_dropout(model):
@@ -488,8 +474,14 @@ def without_dropout(model):
             module.p = 0.0
 
 
-def assert_same_spread(stock, fast, draws=1500):
-    (mean, spread), (quick_mean, quick_spread) = stock, fast
+def assert_same_spread(stock, fast, input_ids, draws=1500):
+    """Mean and standard deviation of each of a text's logits over that many draws of dropout."""
+    statistics = []
+    for model in (stock, fast):
+        torch.manual_seed(0)
+        logits = model(input_ids[:1].expand(draws, -1)).logits.double()
+        statistics.append((logits.mean(0), logits.std(0)))
+    (mean, spread), (quick_mean, quick_spread) = statistics
     assert (spread > 0.1).all()
     sigma = spread * math.sqrt(2 / draws)
     assert ((mean - quick_mean).abs() < FALSE_ALARM_SIGMAS * sigma).all()

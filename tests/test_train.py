@@ -63,7 +63,7 @@ def test_the_loss_falls_and_the_news_is_learnt(run):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     # Validation's: the loss of four rows under dropout says more of the rows than of the model.
     losses = [line["val_loss"] for line in lines if "val_loss" in line]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     assert summary["test_accuracy"] > 0.8
     steps = [line["step"] for line in lines]
     assert steps == sorted(steps)
