@@ -9,13 +9,19 @@ of these, so it is not seen here.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.functional import cast_shared
+
+
+class _Copies(NamedTuple):
+    key: Any  # what was copied, as _identity tells it
+    sources: tuple[Tensor, ...]  # held, so that no other weight can come to lie at their addresses
+    made: tuple[Tensor, ...]
 
 
 class FrozenLinear(nn.Linear):
@@ -25,6 +31,9 @@ class FrozenLinear(nn.Linear):
     weight is read from its copy.
     """
 
+    compute_dtype: torch.dtype | None = None
+    _copies: _Copies | None = None
+
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)  # not nn.Linear's: it would allocate a weight only to drop it
         self.in_features = linear.in_features
@@ -32,8 +41,7 @@ class FrozenLinear(nn.Linear):
         self.weight = linear.weight
         self.bias = linear.bias
         self.training = linear.training
-        self.compute_dtype: torch.dtype | None = getattr(linear, "compute_dtype", None)
-        self._copies: tuple[Any, Tensor, Tensor | None] | None = None
+        self.compute_dtype = getattr(linear, "compute_dtype", None)
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.compute_weights()
@@ -44,21 +52,22 @@ class FrozenLinear(nn.Linear):
     def compute_weights(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias to multiply by: the copies where they apply, else the Parameters."""
         dtype, device = self.compute_dtype, self.weight.device.type
+        parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
         if (
             dtype is None
             or torch.compiler.is_compiling()  # which sees no versions or addresses, and fuses its own casts
-            or self.weight.requires_grad
-            or (self.bias is not None and self.bias.requires_grad)
+            or any(p.requires_grad or p.is_meta or p.is_inference() for p in parameters)
             or not torch.is_autocast_enabled(device)
             or torch.get_autocast_dtype(device) != dtype
         ):
             return self.weight, self.bias
-        key = (_identity(self.weight), None if self.bias is None else _identity(self.bias), dtype)
-        if self._copies is None or self._copies[0] != key:
+        key = tuple(_identity(p) for p in parameters)
+        if self._copies is None or self._copies.key != key:
             with torch.inference_mode(False):  # copies first made in evaluation serve training too
-                bias = None if self.bias is None else self.bias.detach().to(dtype)
-                self._copies = (key, self.weight.detach().to(dtype), bias)
-        return self._copies[1], self._copies[2]
+                sources = tuple(p.detach() for p in parameters)
+                self._copies = _Copies(key, sources, tuple(source.to(dtype) for source in sources))
+        weight, *bias = self._copies.made
+        return weight, bias[0] if bias else None
 
     def compute_in(self, dtype: torch.dtype | None) -> None:
         """Sets `compute_dtype`; copies in another dtype are dropped."""
@@ -67,8 +76,14 @@ class FrozenLinear(nn.Linear):
 
     @property
     def copies(self) -> tuple[Tensor, ...]:
-        """The copies that there are at present: of the weight and, where there is one, the bias."""
-        return tuple(copy for copy in self._copies[1:] if copy is not None) if self._copies else ()
+        """The copies that there are at present: of the weight and, where there is one, the bias.
+
+        A Parameter that has the compute dtype already needs none.
+        """
+        if self._copies is None:
+            return ()
+        pairs = zip(self._copies.sources, self._copies.made, strict=True)
+        return tuple(copy for source, copy in pairs if copy is not source)
 
     def copy_bytes(self) -> int:
         """What the copies take in memory at present."""

@@ -17,8 +17,9 @@ multiplied first (n·r numbers, not n·in), the order that is cheapest for any r
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,14 +46,17 @@ def plain_formula() -> Iterator[None]:
 def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor) -> bool:
     """Whether `lora_linear` covers the case; else the plain formula does.
 
-    Not for a base that trains, for torch.compile (it fuses the plain formula by itself), torch.func, or
-    a 16-bit base with float32 adapters outside autocast, where the two products differ in dtype.
+    Not for a base that trains, for torch.compile (it fuses the plain formula by itself), torch.func, the
+    meta device, float64 under autocast (which leaves it alone), or a 16-bit base with float32 adapters
+    outside autocast, where the two products differ in dtype.
     """
     if _use_plain or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
-    if weight.requires_grad or (bias is not None and bias.requires_grad):
+    if x.is_meta or weight.requires_grad or (bias is not None and bias.requires_grad):
         return False
-    return torch.is_autocast_enabled(x.device.type) or x.dtype == weight.dtype == lora_A.dtype
+    if torch.is_autocast_enabled(x.device.type):
+        return x.dtype != torch.float64
+    return x.dtype == weight.dtype == lora_A.dtype
 
 
 def lora_linear(
@@ -77,6 +81,17 @@ def lora_linear(
     return out
 
 
+def outside_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
+    """For a Function's backward: called inside autocast, it computes in the dtypes that forward chose."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, grad: Tensor) -> Any:
+        with torch.autocast(grad.device.type, enabled=False):
+            return backward(ctx, grad)
+
+    return run
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -84,7 +99,12 @@ class _LoRALinear(torch.autograd.Function):
         scaling: float, dropout: float,
     ) -> Tensor:  # fmt: skip
         rows = x.reshape(-1, x.shape[-1])  # (n, in)
-        h = F.linear(rows, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))  # (n, out)
+        h = x.new_empty(*x.shape[:-1], weight.shape[0])  # returned itself, no view: a caller may write to it
+        flat = h.view(-1, h.shape[-1])  # (n, out)
+        if bias is None:
+            torch.mm(rows, weight.to(x.dtype).t(), out=flat)
+        else:
+            torch.addmm(bias.to(x.dtype), rows, weight.to(x.dtype).t(), out=flat)
         packed = None
         if dropout:
             keep = draw_keep(rows.shape, dropout, x.device)
@@ -92,11 +112,12 @@ class _LoRALinear(torch.autograd.Function):
             rows = zero_dropped(rows, keep)
         thin = F.linear(rows, lora_A.to(x.dtype))  # (n, r)
         ctx.scaling = scaling / (1 - dropout)
-        h.addmm_(thin, lora_B.to(x.dtype).t(), alpha=ctx.scaling)
+        flat.addmm_(thin, lora_B.to(x.dtype).t(), alpha=ctx.scaling)
         ctx.save_for_backward(x, weight, lora_A, lora_B, thin, packed)
-        return h.view(*x.shape[:-1], h.shape[-1])
+        return h
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -128,22 +149,24 @@ def cast_shared(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` in `dtype`, the same tensor again when query, key and value ask one after another.
 
     Autocast would cast for each of them. The last cast is kept as long as its source lives, no longer.
+    Nothing is shared in inference mode, where a tensor does not tell whether it was written to.
     """
     global _last_cast
     if x.dtype == dtype:
         return x
-    version = 0 if x.is_inference() else x._version
+    if x.is_inference() or torch.is_inference_mode_enabled():
+        return x.to(dtype)
     if _last_cast is not None:
-        source, cast_version, result = _last_cast
+        source, version, result = _last_cast
         if (
             source() is x
-            and cast_version == version
+            and version == x._version
             and result.dtype == dtype
             and result.requires_grad == (x.requires_grad and torch.is_grad_enabled())
         ):
             return result
     result = x.to(dtype)
-    _last_cast = (weakref.ref(x, _forget_cast), version, result)
+    _last_cast = (weakref.ref(x, _forget_cast), x._version, result)
     return result
 
 

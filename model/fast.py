@@ -9,6 +9,7 @@ leave the work to torch's own kernels.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from transformers.models.roberta.modeling_roberta import RobertaClassificationHe
 
 from lora.dropout import draw_keep, pack, unpack, zero_dropped
 from lora.frozen import FrozenLinear
+from lora.functional import outside_autocast
 
 ATTENTION = "lora_fast"
 _DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,13 +48,12 @@ def speed_up(model: PreTrainedModel, precision: str = "bf16") -> None:
     """
     if precision not in _DTYPES:
         raise ValueError(f"precision: {precision!r} is not one of {', '.join(_DTYPES)}")
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Dropout:
-                setattr(parent, name, FastDropout(child.p).train(child.training))
-            elif type(child) is nn.Linear and not child.weight.requires_grad:
-                setattr(parent, name, FrozenLinear(child))
     for module in model.modules():
+        # The same modules with another forward: what is shared or hooked stays so.
+        if type(module) is nn.Dropout:
+            module.__class__ = FastDropout
+        elif type(module) is nn.Linear and not module.weight.requires_grad:
+            module.__class__ = FrozenLinear
         if isinstance(module, FrozenLinear):
             module.compute_in(_DTYPES[precision])
     model.set_attn_implementation(ATTENTION)
@@ -60,7 +61,7 @@ def speed_up(model: PreTrainedModel, precision: str = "bf16") -> None:
     if type(model) is RobertaForSequenceClassification and type(head) is RobertaClassificationHead:
         last = model.roberta.encoder.layer[-1]
         if type(last) is RobertaLayer and not last.is_decoder:
-            last.__class__ = FirstTokenLayer  # the same module with another forward
+            last.__class__ = FirstTokenLayer
 
 
 class FirstTokenLayer(RobertaLayer):  # type: ignore[misc]
@@ -136,14 +137,11 @@ def fast_attention(
 ) -> tuple[Tensor, None]:
     """Attention in transformers' own interface: query (B, H, M, d), key, value (B, H, L, d) -> (B, M, H, d).
 
-    attention_mask: True where a key is attended, broadcast to (B, H, M, L), or None. Where there is more to
-    it (a causal model without a mask, an additive mask, heads that share keys), torch's own attention.
+    attention_mask: True where a key is attended, broadcast to (B, H, M, L), or None. On other devices, and
+    where there is more to it (causal without a mask, an additive mask or bias, heads that share keys, mixed
+    dtypes), torch's own attention. A row whose keys are all masked attends to all alike; torch's gives 0.
     """
-    plain = query.shape[:2] == key.shape[:2] and (
-        attention_mask.dtype == torch.bool
-        if attention_mask is not None
-        else query.shape[2] == 1 or not getattr(module, "is_causal", False)
-    )
+    plain = dropout < 1 and _is_plain(module, query, key, value, attention_mask, rest)
     if query.device.type != "cpu" or _traced() or not plain:
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest
@@ -157,6 +155,22 @@ def fast_attention(
         bias = torch.zeros(attention_mask.shape, dtype=query.dtype).masked_fill_(~attention_mask, lowest)
     out: Tensor = _Attention.apply(query, key, value, bias, scaling, dropout)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2), None
+
+
+def _is_plain(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rest: Mapping[str, Any]
+) -> bool:
+    """Whether softmax(s·Q·Kᵀ + mask)·V in one dtype, under autocast its own, is all there is to it."""
+    autocast = torch.is_autocast_enabled("cpu")
+    computed = torch.get_autocast_dtype("cpu") if autocast else query.dtype
+    if not query.dtype == key.dtype == value.dtype == computed or rest.get("position_bias") is not None:
+        return False
+    if query.shape[:2] != key.shape[:2] or query.shape[-1] != value.shape[-1]:
+        return False
+    if mask is not None:
+        return mask.dtype == torch.bool
+    causal = rest.get("is_causal")
+    return query.shape[2] == 1 or not (getattr(module, "is_causal", True) if causal is None else causal)
 
 
 class _Attention(torch.autograd.Function):
@@ -179,11 +193,13 @@ class _Attention(torch.autograd.Function):
             packed = pack(keep)
             dropped = zero_dropped(probabilities, keep)
         ctx.save_for_backward(scaled_q, heads_k, heads_v, probabilities, packed)
-        out = torch.bmm(dropped, heads_v)
-        return (out.mul_(1 / (1 - p)) if p else out).view(q.shape)
+        out = q.new_empty(q.shape)  # returned itself, no view: a caller may write to it
+        torch.bmm(dropped, heads_v, out=out.view(-1, *q.shape[2:]))
+        return out.mul_(1 / (1 - p)) if p else out
 
     @staticmethod
     @once_differentiable
+    @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scaled_q, heads_k, heads_v, probabilities, packed = ctx.saved_tensors
         g = _heads(grad, 1 / (1 - ctx.p))
@@ -223,10 +239,24 @@ def _heads(x: Tensor, factor: float = 1.0) -> Tensor:
     return out.view(-1, *x.shape[2:])
 
 
+def _mask(
+    *sizes: int, attention_mask: Tensor | None = None, allow_is_bidirectional_skip: bool = False, **rest: Any
+) -> Tensor | None:
+    """The mask that transformers makes for torch's attention, None where nothing is masked.
+
+    Whether that is so is looked up on the CPU alone: with an accelerator each forward would wait for it.
+    """
+    may_skip = allow_is_bidirectional_skip and (attention_mask is None or attention_mask.device.type == "cpu")
+    mask: Tensor | None = sdpa_mask(
+        *sizes, attention_mask=attention_mask, allow_is_bidirectional_skip=may_skip, **rest
+    )
+    return mask
+
+
 def _traced() -> bool:
     """Inside torch.compile, which fuses the plain operations by itself, or torch.func, which needs them."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 AttentionInterface.register(ATTENTION, fast_attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+AttentionMaskInterface.register(ATTENTION, _mask)

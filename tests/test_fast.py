@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import RobertaForTokenClassification
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lora import LoRALinear, count_parameters, eject, inject, merge, unmerge
 from lora.dropout import _LOW_15, _mix, draw_keep, keep_probability, pack, unpack, zero_dropped
@@ -119,6 +120,34 @@ def test_autocast_agrees_with_float32_to_its_own_precision(dtype):
     # some ten roundings to 16 bits, each half a unit of the largest value that meets it
     for got, wanted in ((h16.float(), h32), (x16.grad, x32.grad), (layer.lora_A.grad, grad32)):
         assert (got - wanted).abs().max() <= 8 * unit * wanted.abs().max()
+
+
+@pytest.mark.parametrize("shape", [(12,), (7, 12), (2, 5, 12)])
+def test_outputs_may_be_written_to_as_any_linears(shape):
+    h = make_layer()(torch.randn(shape))
+    F.relu_(h).sum().backward()
+    attended = fast_attention(bidirectional(), *heads(), None)[0]
+    attended += 1
+    attended.sum().backward()
+
+
+def test_a_backward_inside_autocast_computes_in_forwards_dtype():
+    layer, (q, k, v) = make_layer(p=0.5), heads()
+    x = torch.randn(3, 12, requires_grad=True)
+    gradients = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        loss = layer(x).sum() + fast_attention(bidirectional(), q, k, v, None, dropout=0.5)[0].sum()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            gradients.append(torch.autograd.grad(loss, (x, layer.lora_A, layer.lora_B, q, k, v)))
+    assert all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+
+
+def test_float64_and_the_meta_device_are_as_a_linear_has_them():
+    layer = make_layer(torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.randn(3, 12, dtype=torch.float64)).dtype == torch.float64
+    assert make_layer().to("meta")(torch.randn(3, 12, device="meta")).shape == (3, 20)
 
 
 def test_the_input_gets_no_gradient_where_nobody_needs_one():
@@ -277,6 +306,12 @@ def heads(dtype=torch.float32, batch=2, count=3, length=6, width=4):
     ]
 
 
+def bidirectional() -> nn.Module:
+    module = nn.Module()
+    module.is_causal = False
+    return module
+
+
 def padding_mask(batch=2, length=6):
     mask = torch.ones(batch, 1, length, length, dtype=torch.bool)
     mask[1, :, :, 4:] = False
@@ -289,7 +324,7 @@ def test_attention_equals_torchs(masked, queries):
     q, k, v = heads()
     q = q.detach()[:, :, :queries].requires_grad_()
     mask = padding_mask()[:, :, :queries] if masked else None
-    out, _ = fast_attention(nn.Module(), q, k, v, mask, scaling=0.5)
+    out, _ = fast_attention(bidirectional(), q, k, v, mask, scaling=0.5)
     wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.5).transpose(1, 2)
     # float32: sums of at most six terms of order 1
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-6)
@@ -299,21 +334,45 @@ def test_attention_equals_torchs(masked, queries):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_causal_model_and_an_additive_mask_are_left_to_torchs_attention():
+def test_what_is_more_than_plain_attention_is_left_to_torchs():
     q, k, v = heads()
-    causal = nn.Module()
-    causal.is_causal = True
+    causal = nn.Module()  # which says nothing, so that torch's attention takes it for causal
     added = torch.zeros(2, 1, 6, 6).masked_fill(~padding_mask(), float("-inf"))
-    wanted = {
-        "causal": F.scaled_dot_product_attention(q, k, v, is_causal=True),
-        "masked": F.scaled_dot_product_attention(q, k, v, attn_mask=added),
+    position_bias = torch.randn(2, 3, 6, 6)
+    wide = torch.randn(2, 3, 6, 5)
+    cases = {
+        "causal by default": ((causal, q, k, v, None), {}),
+        "causal as a keyword": ((bidirectional(), q, k, v, None), {"is_causal": True}),
+        "an additive mask": ((bidirectional(), q, k, v, added), {}),
+        "a bias of positions": ((bidirectional(), q, k, v, None), {"position_bias": position_bias}),
+        "values wider than keys": ((bidirectional(), q, k, wide, None), {}),
+        "everything dropped": ((bidirectional(), q, k, v, None), {"dropout": 1.0}),
     }
-    got = {
-        "causal": fast_attention(causal, q, k, v, None)[0],
-        "masked": fast_attention(nn.Module(), q, k, v, added)[0],
-    }
-    for name, out in got.items():
-        torch.testing.assert_close(out, wanted[name].transpose(1, 2), rtol=1e-5, atol=1e-6)
+    plain = fast_attention(bidirectional(), q, k, v, None)[0]
+    for name, (arguments, keywords) in cases.items():
+        out = fast_attention(*arguments, **keywords)[0]
+        assert torch.equal(out, sdpa_attention_forward(*arguments, **keywords)[0]), name
+        assert out.shape != plain.shape or not torch.allclose(out, plain), name
+
+
+def test_attention_of_mixed_dtypes_trains_under_autocast():
+    """Rotary embeddings leave queries and keys in float32 beside values in bfloat16."""
+    q, k, v = heads()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for value in (v.bfloat16(), v):
+            out = fast_attention(bidirectional(), q, k, value, padding_mask())[0]
+            wanted = sdpa_attention_forward(bidirectional(), q, k, value, padding_mask())[0]
+            assert torch.equal(out, wanted)
+    out.float().sum().backward()
+    assert q.grad is not None
+
+
+def test_with_an_accelerator_the_mask_is_made_without_waiting_for_its_values(config):
+    """The meta device has no values: a look at them would raise."""
+    _, fast = adapted(config, "fp32")
+    fast.to("meta")
+    mask = torch.ones(3, 10, dtype=torch.int64, device="meta")
+    assert fast(torch.zeros(3, 10, dtype=torch.int64, device="meta"), attention_mask=mask).logits.is_meta
 
 
 @pytest.mark.parametrize("queries", [6, 1])
@@ -325,7 +384,7 @@ def test_attention_with_dropout_passes_gradcheck(masked, queries):
 
     def function(q, k, v):
         torch.manual_seed(1)
-        return fast_attention(nn.Module(), q, k, v, mask, dropout=0.3, scaling=0.5)[0]
+        return fast_attention(bidirectional(), q, k, v, mask, dropout=0.3, scaling=0.5)[0]
 
     assert gradcheck(function, (q, k, v))
 
@@ -333,16 +392,16 @@ def test_attention_with_dropout_passes_gradcheck(masked, queries):
 @pytest.mark.parametrize("needed", [0, 1, 2])
 def test_attention_gives_gradients_to_those_alone_that_need_them(needed):
     all_three = heads()
-    fast_attention(nn.Module(), *all_three, None)[0].square().sum().backward()
+    fast_attention(bidirectional(), *all_three, None)[0].square().sum().backward()
     alone = [x.detach().requires_grad_(number == needed) for number, x in enumerate(all_three)]
-    fast_attention(nn.Module(), *alone, None)[0].square().sum().backward()
+    fast_attention(bidirectional(), *alone, None)[0].square().sum().backward()
     assert [x.grad is not None for x in alone] == [number == needed for number in range(3)]
     assert torch.equal(alone[needed].grad, all_three[needed].grad)
 
 
 def test_attention_keeps_one_matrix_of_length_by_length_and_a_bit_an_element():
     q, k, v = heads(length=64)
-    kept = saved_bytes(lambda: fast_attention(nn.Module(), q, k, v, None, dropout=0.1), (q, k, v))
+    kept = saved_bytes(lambda: fast_attention(bidirectional(), q, k, v, None, dropout=0.1), (q, k, v))
     elements = 2 * 3 * 64 * 64  # rows, heads
     assert kept == q.nbytes + k.nbytes + v.nbytes + elements * q.element_size() + elements // 8
 
@@ -351,8 +410,8 @@ def test_a_second_derivative_is_an_error_not_a_wrong_number():
     x = torch.randn(2, 3, 8, 4, requires_grad=True)
     functions = (
         lambda: FastDropout(0.5)(x),
-        lambda: fast_attention(nn.Module(), x, x, x, None, dropout=0.0)[0],
-        lambda: fast_attention(nn.Module(), x, x, x, None, dropout=0.5)[0],
+        lambda: fast_attention(bidirectional(), x, x, x, None, dropout=0.0)[0],
+        lambda: fast_attention(bidirectional(), x, x, x, None, dropout=0.5)[0],
     )
     for function in functions:
         (first,) = torch.autograd.grad(function().square().sum(), x, create_graph=True)
@@ -573,6 +632,50 @@ def test_copies_made_in_inference_mode_serve_training(config, input_ids):
         fast.train()(input_ids).logits.float().sum().backward()
 
 
+def test_copies_are_made_anew_for_another_weight_even_at_the_same_address():
+    """Without a hold on what was copied, the next weight comes to lie where it was."""
+    layer = FrozenLinear(nn.Linear(64, 64, bias=False).requires_grad_(False))
+    layer.compute_in(torch.bfloat16)
+    weight = layer.weight.detach().clone()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for factor in range(1, 9):
+            layer.weight = None
+            layer.weight = nn.Parameter(weight * factor, requires_grad=False)
+            assert torch.equal(layer.compute_weights()[0], layer.weight.bfloat16())
+
+
+def test_weights_made_in_inference_mode_have_no_copies_and_work():
+    with torch.inference_mode():
+        layer = FrozenLinear(nn.Linear(4, 4).requires_grad_(False))
+    layer.compute_in(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
+        assert layer(torch.randn(2, 4)).dtype == torch.bfloat16
+    assert not layer.copies
+
+
+def test_a_weight_in_the_compute_dtype_needs_no_copy():
+    layer = FrozenLinear(nn.Linear(4, 4).bfloat16().requires_grad_(False))
+    layer.compute_in(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(torch.randn(2, 4))
+    assert layer.copy_bytes() == 0
+
+
+def test_what_is_shared_or_hooked_stays_so():
+    model = tiny_roberta()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    layers = model.roberta.encoder.layer
+    layers[1].intermediate.dense = layers[0].intermediate.dense
+    calls = []
+    for module in (layers[0].intermediate.dense, layers[0].output.dropout):
+        module.register_forward_hook(lambda module, *_: calls.append(type(module)))
+    speed_up(model)
+    assert layers[1].intermediate.dense is layers[0].intermediate.dense
+    model(torch.zeros(1, 4, dtype=torch.int64))
+    assert calls == [FrozenLinear, FastDropout, FrozenLinear]
+
+
 def test_copies_in_another_precision_are_given_back(config, input_ids):
     _, fast = adapted(config)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -606,6 +709,18 @@ def test_a_shared_cast_is_made_anew_when_the_tensor_changed_or_gradients_came_on
     again = cast_shared(x, torch.bfloat16)
     assert again is not shared
     assert torch.equal(again, x.bfloat16())
+
+
+def test_nothing_is_shared_in_inference_mode_which_counts_no_writes():
+    x = torch.randn(4, 4)
+    with torch.inference_mode():
+        first = cast_shared(x, torch.bfloat16)
+        inferred = x.clone()
+        cast_shared(inferred, torch.bfloat16)
+        inferred.mul_(3)
+        assert torch.equal(cast_shared(inferred, torch.bfloat16), inferred.bfloat16())
+    assert first.is_inference()
+    assert not cast_shared(x, torch.bfloat16).is_inference()
 
 
 def test_a_shared_cast_lives_no_longer_than_its_source():

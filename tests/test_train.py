@@ -302,12 +302,40 @@ def test_float16_skips_what_overflows_and_counts_it(recipe, tmp_path, monkeypatc
     assert np.isfinite(summary["val_loss"])
 
 
-def test_memory_that_does_not_suffice_is_an_error_that_says_what_to_lower(recipe, tmp_path, monkeypatch):
-    def full(trainer_model, *_, **__):
+def test_what_float16_skips_has_no_part_in_the_logged_loss(recipe, tmp_path, monkeypatch):
+    half = dataclasses.replace(recipe, precision="fp16", log_every_steps=2)
+    spoil(monkeypatch, step=17, factor=float("inf"))
+    spoil(monkeypatch, step=18, factor=float("inf"))
+    spoil(monkeypatch, step=20, factor=float("inf"))
+    run_job("tiny", half, tmp_path / "run")
+    lines = {}
+    for text in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines():
+        line = json.loads(text)
+        lines[line["step"]] = line
+    assert lines[18]["loss"] is None  # steps 17 and 18 skipped, both
+    assert 0.5 < lines[20]["loss"] / lines[16]["loss"] < 2  # of step 19 alone, and not half of it
+
+
+@pytest.mark.parametrize(
+    "place", ["transformers.RobertaForSequenceClassification.forward", "torch.Tensor.backward"]
+)
+def test_memory_that_does_not_suffice_is_an_error_that_says_what_to_lower(
+    recipe, tmp_path, monkeypatch, place
+):
+    def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("transformers.RobertaForSequenceClassification.forward", full)
+    monkeypatch.setattr(place, full)
     with pytest.raises(TrainingError, match=r"4 rows x \d+ tokens.*batch_size.*gradient_checkpointing"):
+        run_job("tiny", recipe, tmp_path / "run")
+
+
+def test_a_validation_that_is_not_finite_is_an_error_that_says_so(recipe, tmp_path, monkeypatch):
+    def not_finite(_model, rows, *_):
+        return torch.full((len(rows), 4), float("nan"))
+
+    monkeypatch.setattr("train.loop.predict_logits", not_finite)
+    with pytest.raises(TrainingError, match=r"step 7: the validation loss is not finite"):
         run_job("tiny", recipe, tmp_path / "run")
 
 

@@ -40,18 +40,25 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded to their longest: input_ids and attention_mask (B, L) int64, labels (B,) int64."""
+    """Rows padded to their longest: input_ids and attention_mask (B, L) int64, labels (B,) int64.
+
+    attention_mask is None where nothing is padded: on a GPU the model cannot tell without waiting for it.
+    """
 
     input_ids: Tensor
-    attention_mask: Tensor
+    attention_mask: Tensor | None
     labels: Tensor
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`; the copy to a GPU does not make the CPU wait."""
         if device.type != "cuda":
             return self
-        tensors = (self.input_ids, self.attention_mask, self.labels)
-        return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors))
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        mask = None if self.attention_mask is None else move(self.attention_mask)
+        return Batch(move(self.input_ids), mask, move(self.labels))
 
 
 def encode(split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length_tokens: int) -> Encoded:
@@ -122,9 +129,9 @@ def collate(encoded: Encoded, rows: np.ndarray, pad_token_id: int, length: int =
     for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         start = encoded.offsets[row]
         input_ids[at, :length] = encoded.tokens[start : start + length]
-    attention_mask = np.arange(input_ids.shape[1]) < lengths[:, None]
+    attended = np.arange(input_ids.shape[1]) < lengths[:, None]
     return Batch(
         torch.from_numpy(input_ids),
-        torch.from_numpy(attention_mask.astype(np.int64)),
+        None if attended.all() else torch.from_numpy(attended.astype(np.int64)),
         torch.from_numpy(encoded.labels[rows]),
     )

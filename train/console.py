@@ -36,10 +36,10 @@ class Console:
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
         self.lines += 1
-        if "loss" in line:
+        if line.get("loss") is not None:
             self._bar.set_postfix_str(f"loss {line['loss']:.3f}")
         if "val_accuracy" in line:
-            loss = f"loss {line['loss']:.4f}  " if "loss" in line else ""
+            loss = f"loss {line['loss']:.4f}  " if line.get("loss") is not None else ""
             accuracy = f"val accuracy {line['val_accuracy']:.4f}  val loss {line['val_loss']:.4f}"
             self.say(f"epoch {line['epoch']:.0f}  step {line['step']}  {loss}{accuracy}")
 

@@ -47,7 +47,7 @@ def draw_curves(
     epochs = [row["epoch"] for row in history]
     left.plot(epochs, [100 * row["val_accuracy"] for row in history], marker="o", color=_BLUE)
     left.set(xlabel="epoch", ylabel="accuracy, %", title="Validation accuracy")
-    steps = [line for line in lines if "loss" in line]
+    steps = [line for line in lines if line.get("loss") is not None]
     right.plot(
         [line["epoch"] for line in steps], [line["loss"] for line in steps],
         color=_ORANGE, label="training (with label smoothing and dropout)",

@@ -78,7 +78,7 @@ class Trainer:
         world: World = ALONE,
     ):
         self.model, self.recipe, self.world = model, recipe, world
-        self.parallel = model if world.size == 1 else DistributedDataParallel(model)
+        self.parallel = model if world.size == 1 else DistributedDataParallel(model, broadcast_buffers=False)
         # One graph for each shape: shapes that vary freely make slower ones.
         self.forward = torch.compile(self.parallel, dynamic=False) if recipe.compile else self.parallel
         if recipe.compile:  # torch gives up after 8 graphs, without a word but a warning
@@ -152,7 +152,7 @@ class Trainer:
             mine = mine if len(mine) else rows[:1]
             length = self._padded_length(mine)
             batch = collate(self.train_rows, mine, self.pad_token_id, length).to(self.device)
-            with self._synchronised(part == len(group) - 1):
+            with self._synchronised(part == len(group) - 1), self._fitting_into_memory(batch):
                 loss_sum = self._loss(batch) * float(len(shares[world.rank]) > 0)
                 # Divided by the group's rows, so that a short last group is still a mean over its rows;
                 # times the processes, over which DistributedDataParallel takes the mean.
@@ -168,16 +168,25 @@ class Trainer:
         self.scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self._loss_sum += world.sum_(step_loss).nan_to_num(0, 0, 0)  # a skipped step has no loss to log
+        finite = (world.sum_(step_loss) + norm).isfinite()
+        self._loss_sum += torch.where(finite, step_loss, 0.0)
         self._rows += rows_in_group
-        self._unchecked.append((state.step + 1, group, (step_loss + norm).isfinite()))
+        self._unchecked.append((state.step + 1, group, finite))
         return norm
 
     def _loss(self, batch: Batch) -> Tensor:
         """The cross-entropy summed over a batch's rows, in float32."""
+        with autocast(self.device, self.precision):
+            logits = self.forward(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+        return F.cross_entropy(
+            logits.float(), batch.labels, reduction="sum", label_smoothing=self.recipe.label_smoothing
+        )
+
+    @contextlib.contextmanager
+    def _fitting_into_memory(self, batch: Batch) -> Iterator[None]:
+        """Raises TrainingError with what to lower where a batch's forward or backward does not fit."""
         try:
-            with autocast(self.device, self.precision):
-                logits = self.forward(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+            yield
         except torch.OutOfMemoryError as error:
             rows, length = batch.input_ids.shape
             raise TrainingError(
@@ -185,9 +194,6 @@ class Trainer:
                 f"memory of {self.device}; lower batch_size (and raise accumulation_steps as much) or "
                 "max_length_tokens, or set gradient_checkpointing = true"
             ) from error
-        return F.cross_entropy(
-            logits.float(), batch.labels, reduction="sum", label_smoothing=self.recipe.label_smoothing
-        )
 
     def _synchronised(self, last: bool) -> AbstractContextManager[object]:
         """Gradients are added up over the processes at a group's last batch alone."""
@@ -213,8 +219,9 @@ class Trainer:
     def check_finite(self) -> None:
         """Looks at the steps since the last look: was every loss and gradient finite? Waits for the device.
 
-        With float16 the scaler has skipped such a step, which is counted. Otherwise the weights are
-        spoilt: raises TrainingError with the first such step and its rows, before anything is saved.
+        With float16 the scaler has skipped such a step, which is counted and has no part in the logged
+        loss. Otherwise the weights are spoilt: raises TrainingError with the first such step and its rows,
+        before anything is saved.
         """
         if not self._unchecked:
             return
@@ -229,6 +236,7 @@ class Trainer:
         rows = ", ".join(str(row) for row in sorted(np.concatenate(group).tolist()))
         if self.scaler.is_enabled():
             self.state.skipped_steps += len(bad)
+            self._rows -= sum(len(rows) for _, skipped in bad for rows in skipped)
             if self.scaler.get_scale() >= 1:
                 return
         raise TrainingError(
@@ -244,7 +252,7 @@ class Trainer:
         """What is logged of the steps since the last line. Waits for the device."""
         self.check_finite()
         norm = float(gradient_norm)
-        loss = float(self._loss_sum) / self._rows
+        loss = float(self._loss_sum) / self._rows if self._rows else None  # None: float16 skipped them all
         self._loss_sum.zero_()
         self._rows = 0
         return {
@@ -259,7 +267,8 @@ class Trainer:
     def _finish_epoch(self) -> dict[str, Any]:
         """Validates, and keeps the weights if they are the best yet.
 
-        Best by loss: of a few hundred validation rows, one more that is right is noise.
+        Best by loss: of a few hundred validation rows, one more that is right is noise. Raises
+        TrainingError where that loss is not finite.
         """
         self.check_finite()
         state = self.state
@@ -270,10 +279,16 @@ class Trainer:
             self.pad_token_id,
             self.device,
             self.precision,
+            self.world,
         )
         labels = self.validation_rows.labels
         accuracy = Scores.of(labels, logits.argmax(1).numpy(), logits.shape[1]).accuracy
         loss = float(F.cross_entropy(logits.double(), torch.from_numpy(labels)))
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"step {state.step}: the validation loss is not finite; a lower learning_rate or "
+                'precision = "fp32" may help'
+            )
         state.epoch += 1
         state.step_in_epoch = 0
         if loss < state.best_loss:
