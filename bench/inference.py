@@ -132,11 +132,10 @@ def _adapted(model_name: str, device: torch.device, seed: int) -> Any:
 
 def _forward(model: Any, rows: int, device: torch.device, precision: str) -> Callable[[], object]:
     input_ids, _ = random_batch(rows, LENGTH, device)
-    mask = torch.ones_like(input_ids)
 
     def forward() -> object:
         with torch.inference_mode(), autocast(device, precision):
-            return model(input_ids=input_ids, attention_mask=mask).logits
+            return model(input_ids=input_ids).logits
 
     return forward
 

@@ -180,9 +180,7 @@ def _parity(ours: Contestant, theirs: Contestant) -> dict[str, float]:
             elif isinstance(module, LoRALinear):
                 module.lora_dropout = 0.0
         entrant.optimizer.zero_grad()
-        out = entrant.model(
-            input_ids=entrant.input_ids, attention_mask=torch.ones_like(entrant.input_ids)
-        ).logits
+        out = entrant.model(input_ids=entrant.input_ids).logits
         torch.nn.functional.cross_entropy(out, entrant.labels).backward()  # type: ignore[no-untyped-call]
         logits.append(out.detach())
     gradients: list[Any] = [(mine.grad, other.grad) for mine, other in pairs]

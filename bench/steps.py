@@ -50,9 +50,8 @@ class Contestant:
 
     def forward(self) -> Tensor:
         """The loss."""
-        mask = torch.ones_like(self.input_ids)
         with autocast(self.device, self.precision):
-            logits = self.model(input_ids=self.input_ids, attention_mask=mask).logits
+            logits = self.model(input_ids=self.input_ids).logits  # nothing is padded, so there is no mask
         return F.cross_entropy(logits.float(), self.labels)
 
     def step(self) -> list[float]:

@@ -23,11 +23,6 @@ _EACH_BIT = 0x8040201008040201 - 2**64  # byte i holds bit i alone, as a signed 
 _TO_TOP = 0x7F7F7F7F7F7F7F7F
 
 
-def keep_probability(p: float) -> float:
-    """The probability with which `draw_keep` keeps an element on the CPU."""
-    return 1 - round(p * 2**15) / 2**15
-
-
 def draw_keep(shape: torch.Size, p: float, device: torch.device) -> Tensor:
     """Which elements stay, each independent of every other.
 

@@ -90,7 +90,7 @@ class FirstTokenLayer(RobertaLayer):  # type: ignore[misc]
             heads(attention.key(hidden_states)),
             heads(attention.value(hidden_states)),
             None if attention_mask is None else attention_mask[:, :, :1],
-            dropout=attention.dropout.p,
+            dropout=attention.dropout.p if attention.training else 0.0,
             scaling=attention.scaling,
         )
         mixed = self.attention.output(mixed.flatten(2), first)
