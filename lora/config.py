@@ -59,14 +59,15 @@ class LoraConfig:
             check_rank(f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in self.alpha_pattern.items():
             check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
-        expressions = [*self.rank_pattern, *self.alpha_pattern]
+        expressions = [("rank_pattern", pattern) for pattern in self.rank_pattern]
+        expressions += [("alpha_pattern", pattern) for pattern in self.alpha_pattern]
         if isinstance(self.target_modules, str):
-            expressions.append(self.target_modules)
-        for expression in expressions:
+            expressions.append(("target_modules", self.target_modules))
+        for name, expression in expressions:
             try:
                 re.compile(expression)
             except re.error as error:
-                raise ValueError(f"{expression!r} is not a regular expression: {error}") from error
+                raise ValueError(f"{name}: {expression!r} is not a regular expression: {error}") from error
 
     def rank(self, name: str) -> int:
         """The rank for the module called `name`."""

@@ -13,7 +13,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from lora.config import LoraConfig
 from lora.inject import find_targets, place_adapters
 from lora.peft_format import from_peft, to_peft
-from lora.tree import has_adapter, lora_config, lora_layers, modules_named
+from lora.tree import has_adapter, lora_config, lora_layers, modules_named, modules_once
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -83,7 +83,7 @@ def save_adapter(
         "fingerprint": fingerprint(
             {name: (layer.base_weight, layer.bias) for name, layer in lora_layers(model).items()}
         ),
-        "metadata": dict(metadata or {}),
+        "metadata": json.loads(json.dumps(dict(metadata or {}))),  # as it is read back: keys are strings
     }
     note["digest"] = _digest(tensors, note)
     data = safetensors.torch.save(
@@ -91,7 +91,7 @@ def save_adapter(
         metadata={_ENTRY: json.dumps(note, sort_keys=True)},
     )
     fields = to_peft(config, base, task_type)
-    config_text = json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n"
+    config_text = json.dumps(fields, indent=2, default=str) + "\n"  # the first of two patterns wins
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -122,6 +122,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         note = json.loads(header.get(_ENTRY, "{}"))
     except (safetensors.SafetensorError, ValueError) as error:
         raise AdapterError(f"{path}: damaged: {error}") from error
+    if not isinstance(note, dict):
+        raise AdapterError(f"{path}: damaged: its metadata {_ENTRY!r} is no JSON object")
     config, base = _read_config(folder / CONFIG_FILE)
     if note:
         if note.get("digest") != _digest(tensors, note):
@@ -133,8 +135,6 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
             if note["config"] != _plain(config):
                 raise AdapterError(f"{folder / CONFIG_FILE}: not the config that the tensors were saved with")
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise AdapterError(f"{path}: {name} is {tensor.dtype}, not floating point")
         if not tensor.isfinite().all():
             raise AdapterError(f"{path}: {name} is not finite")
     return Adapter(config, base, tensors, note.get("fingerprint", {}), note.get("metadata", {}))
@@ -159,19 +159,19 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str], check_base: b
         injection = find_targets(model, config)
     except TypeError as error:
         raise AdapterError(f"{folder}: {error}") from error
-    targets = dict.fromkeys(name for names in injection.adapted.values() for name in names)
-    if not targets:
+    linears = modules_once(model, (name for names in injection.adapted.values() for name in names))
+    if not linears:
         raise AdapterError(f"{folder}: target_modules {config.target_modules!r} match nothing in this model")
 
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    linears = _linears(model, targets)
     for name, linear in linears.items():
+        assert isinstance(linear, nn.Linear)  # find_targets saw to it
         r, dtype = config.rank(name), torch.promote_types(linear.weight.dtype, torch.float32)
         expected[f"{name}.lora_A"] = ((r, linear.in_features), dtype)
         expected[f"{name}.lora_B"] = ((linear.out_features, r), dtype)
-    saved = dict.fromkeys(name for names in injection.saved.values() for name in names)
-    for name in saved:
-        for key, tensor in model.get_submodule(name).state_dict().items():
+    saved = modules_once(model, (name for names in injection.saved.values() for name in names))
+    for name, module in saved.items():
+        for key, tensor in module.state_dict().items():
             expected[f"{name}.{key}"] = (tuple(tensor.shape), tensor.dtype)
 
     missing, extra = expected.keys() - adapter.tensors.keys(), adapter.tensors.keys() - expected.keys()
@@ -242,9 +242,9 @@ def _adapter_tensors(model: nn.Module, config: LoraConfig) -> dict[str, Tensor]:
     for name, layer in lora_layers(model).items():
         tensors[f"{name}.lora_A"] = layer.lora_A
         tensors[f"{name}.lora_B"] = layer.lora_B
-    for pattern in config.modules_to_save:
-        for name, module in modules_named(model, pattern):
-            tensors.update({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()})
+    names = (name for pattern in config.modules_to_save for name, _ in modules_named(model, pattern))
+    for name, module in modules_once(model, names).items():
+        tensors.update({f"{name}.{key}": tensor for key, tensor in module.state_dict().items()})
     return tensors
 
 
@@ -288,17 +288,8 @@ def _digest(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> str:
     return sha.hexdigest()
 
 
-def _linears(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Linear]:
-    linears = {}
-    for name in names:
-        module = model.get_submodule(name)
-        assert isinstance(module, nn.Linear)  # find_targets saw to it
-        linears[name] = module
-    return linears
-
-
 def _check_base(
-    model: nn.Module, adapter: Adapter, linears: dict[str, nn.Linear], folder: str | os.PathLike[str]
+    model: nn.Module, adapter: Adapter, linears: Mapping[str, Any], folder: str | os.PathLike[str]
 ) -> None:
     if not adapter.fingerprint:
         own = getattr(getattr(model, "config", None), "name_or_path", "")  # transformers' models have one

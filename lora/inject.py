@@ -14,7 +14,7 @@ from lora.frozen import FrozenLinear
 from lora.linear import LoRALinear
 from lora.merge import merge as merge_model
 from lora.parameters import train_only
-from lora.tree import ends_with, has_adapter, lora_layers, modules_named
+from lora.tree import ends_with, has_adapter, lora_config, lora_layers, modules_named
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,10 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
                 raise TypeError(
                     f"target_modules: {pattern!r} matches {name}, which is a {kind} and not a Linear"
                 )
+            if not isinstance(modules[name].weight, nn.Parameter):
+                raise TypeError(
+                    f"target_modules: {pattern!r} matches {name}, whose weight is no Parameter (pruned?)"
+                )
         adapted[pattern] = tuple(matched)
     return Injection(adapted, saved)
 
@@ -87,6 +91,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
 def place_adapters(model: nn.Module, config: LoraConfig, injection: Injection, seed: int) -> None:
     """Swaps in the layers and freezes the rest, as `inject` describes; checks nothing."""
     adapters: dict[nn.Module, LoRALinear] = {}  # a Linear that stands in two places gets one adapter
+    layers: dict[str, LoRALinear] = {}
     for name in dict.fromkeys(name for names in injection.adapted.values() for name in names):
         linear = model.get_submodule(name)
         if linear not in adapters:
@@ -99,7 +104,10 @@ def place_adapters(model: nn.Module, config: LoraConfig, injection: Injection, s
                 use_rslora=config.use_rslora,
                 generator=_generator(seed, name),
             )
-        _swap(model, name, adapters[linear])
+        layers[name] = adapters[linear]
+    # All are made before the first is swapped in: where one does not fit into memory, nothing has changed.
+    for name, layer in layers.items():
+        _swap(model, name, layer)
 
     train_only(model, config.modules_to_save)
     for layer in adapters.values():
@@ -117,6 +125,7 @@ def eject(model: nn.Module, merge: bool = False) -> None:
     Raises RuntimeError if the model has no adapter, is merged (unmerge first: whether the adapter is to
     stay folded in should be said, not guessed), or is inside `disabled`.
     """
+    lora_config(model)
     for name, layer in lora_layers(model).items():
         if layer.merged:
             raise RuntimeError(
@@ -126,9 +135,10 @@ def eject(model: nn.Module, merge: bool = False) -> None:
             raise RuntimeError("eject inside disabled(); leave the context first")
     if merge:
         merge_model(model)
+    plain = {layer: _plain(layer) for layer in lora_layers(model).values()}
     for name, module in list(model.named_modules(remove_duplicate=False)):
-        if isinstance(module, LoRALinear):
-            _swap(model, name, _plain(module))
+        if module in plain:
+            _swap(model, name, plain[module])
     del model.lora_config
 
 

@@ -23,10 +23,11 @@ from lora.tree import lora_layers
 def merge(model: nn.Module) -> None:
     """Merges every layer, in place (LoRALinear.merge). If one fails, all are as before.
 
-    Raises RuntimeError if there is no adapter, a layer is merged already or switched off, ValueError if
-    a merged weight would not be finite; the message names the layer.
+    Raises RuntimeError if there is no adapter, a layer is merged already or switched off, or its weight is
+    another module's too, ValueError if a merged weight would not be finite; the message names the layer.
     """
     layers = lora_layers(model)
+    _refuse_tied(model, layers)
     for name, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{name} is merged already; unmerge the model first")
@@ -36,16 +37,16 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Puts every layer's own weight back, bit for bit, in place.
+    """Puts every merged layer's own weight back, bit for bit, in place: after a stop half way, the rest.
 
-    Raises RuntimeError if there is no adapter, or if a layer is not merged; then nothing is changed.
+    Raises RuntimeError if there is no adapter, or if no layer is merged.
     """
     layers = lora_layers(model)
-    for name, layer in layers.items():
-        if not layer.merged:
-            raise RuntimeError(f"{name} is not merged; merge the model first")
+    if not any(layer.merged for layer in layers.values()):
+        raise RuntimeError(f"{next(iter(layers))} is not merged; merge the model first")
     for layer in layers.values():
-        layer.unmerge()
+        if layer.merged:
+            layer.unmerge()
 
 
 @contextmanager
@@ -54,6 +55,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     layers = lora_layers(model)
     if not all(layer.enabled for layer in layers.values()):
         raise RuntimeError("merged() inside disabled(); leave the context first")
+    _refuse_tied(model, layers)
     before = {name: layer.merged for name, layer in layers.items()}
     _merge_all({name: layer for name, layer in layers.items() if not layer.merged})
     try:
@@ -78,6 +80,16 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         for name, layer in layers.items():
             layer.enabled = enabled[name]
         _restore(layers, before)
+
+
+def _refuse_tied(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+    """A merge writes to the weight itself, and so to every module that holds it."""
+    holders: dict[nn.Parameter, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            other = holders.setdefault(parameter, name)
+            if other != name and any(layer.weight is parameter for layer in layers.values()):
+                raise RuntimeError(f"{name} and {other} share one weight; merging would change both")
 
 
 def _restore(layers: dict[str, LoRALinear], merged_before: dict[str, bool]) -> None:

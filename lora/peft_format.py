@@ -21,6 +21,7 @@ _IGNORED = {
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
+    "layers_to_transform": (None, []),  # 0 is the first layer
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base weights
 }
 _OFF: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from torch import nn
 
@@ -30,6 +30,8 @@ def lora_config(model: nn.Module) -> LoraConfig:
     """The config that the model's adapter was injected with. Raises RuntimeError if there is none."""
     config = getattr(model, "lora_config", None)
     if not isinstance(config, LoraConfig):
+        if has_adapter(model):
+            raise RuntimeError("the adapter was injected into another part of this model, or into all of it")
         raise RuntimeError("the model has no adapter; inject one or load one first")
     return config
 
@@ -37,6 +39,16 @@ def lora_config(model: nn.Module) -> LoraConfig:
 def ends_with(name: str, pattern: str) -> bool:
     """Whether `pattern` is `name` or whole trailing components of it, never part of a component."""
     return name == pattern or name.endswith(f".{pattern}")
+
+
+def modules_once(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules of those names, in the model's order; one that goes by several has the first of them."""
+    wanted = set(names)
+    found: dict[nn.Module, str] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name in wanted:
+            found.setdefault(module, name)
+    return {name: module for module, name in found.items()}
 
 
 def modules_named(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:

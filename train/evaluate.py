@@ -79,7 +79,7 @@ def evaluate(folder: Path, data: str | None) -> dict[str, Any]:
         raise RunError(
             f"{name}: its classes are {', '.join(news.labels)}; the model knows {', '.join(trained.labels)}"
         )
-    device = resolve_device(recipe.device)
+    device = resolve_device("auto")  # which need not be where it was trained
     precision = resolve_precision(recipe.precision, device)
     speed_up(trained.model.to(device), precision)
     rows = encode(news.test, trained.tokenizer, trained.max_length_tokens)

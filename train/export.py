@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from lora import AdapterError, eject
+from lora import eject
 from lora.tree import has_adapter
 from model import ModelError
 from model.minilm import DataPackageMissingError
@@ -27,7 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     try:
         export(options.run, options.folder)
-    except (AdapterError, DataPackageMissingError, ModelError, RunError, OSError) as error:
+    except (ValueError, DataPackageMissingError, ModelError, RunError, OSError) as error:
+        # ValueError: AdapterError, or a merged weight that is not finite.
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{options.folder}: weights, tokenizer and label names, for transformers alone")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,11 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora import AdapterError, load_adapter, read_adapter, save_adapter
-from lora.files import CONFIG_FILE, write_atomically
+from lora.files import CONFIG_FILE, TENSOR_FILE, hash_tensors, write_atomically
 from model import load_base
 from train.config import Recipe, make_recipe
 
@@ -42,13 +44,14 @@ class Trained:
 
 def save_trained(model: nn.Module, folder: Path, recipe: Recipe, labels: tuple[str, ...]) -> int:
     """Saves what trained: an adapter's folder for LoRA, else the trained weights. Returns its bytes."""
-    metadata = {"labels": list(labels), "max_length_tokens": recipe.max_length_tokens}
+    metadata = {"labels": list(labels), "max_length_tokens": recipe.max_length_tokens, "seed": recipe.seed}
     if recipe.method == "lora":
         save_adapter(model, folder / ADAPTER, base=recipe.model, task_type="SEQ_CLS", metadata=metadata)
-        return sum(file.stat().st_size for file in (folder / ADAPTER).iterdir())
+        return sum((folder / ADAPTER / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
     tensors = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-    note = {_ENTRY: json.dumps({**metadata, "model": recipe.model}, sort_keys=True)}
-    write_atomically(folder / WEIGHTS, safetensors.torch.save(tensors, note))
+    note = {**metadata, "model": recipe.model, "digest": _digest(tensors), "frozen": _frozen(model, tensors)}
+    data = safetensors.torch.save(tensors, {_ENTRY: json.dumps(note, sort_keys=True)})
+    write_atomically(folder / WEIGHTS, data)
     return (folder / WEIGHTS).stat().st_size
 
 
@@ -61,14 +64,14 @@ def load_trained(folder: Path) -> Trained:
         return _load_adapter_folder(folder)
     if not folder.is_dir():
         raise RunError(f"{folder}: there is no such folder")
+    if (folder / CONFIG).is_file() and not (folder / SUMMARY).is_file():
+        raise RunError(
+            f"{folder}: the run is not finished; `python -m train --resume --output {folder}` goes on"
+        )
     if (folder / ADAPTER).is_dir():
         return _load_adapter_folder(folder / ADAPTER)
     if (folder / WEIGHTS).is_file():
         return _load_weights(folder / WEIGHTS)
-    if (folder / CONFIG).is_file():
-        raise RunError(
-            f"{folder}: the run is not finished; `python -m train --resume --output {folder}` goes on"
-        )
     raise RunError(f"{folder}: neither a run (no {CONFIG}) nor an adapter (no {CONFIG_FILE})")
 
 
@@ -92,7 +95,8 @@ def _load_adapter_folder(folder: Path) -> Trained:
     if head is None:
         raise AdapterError(f"{folder}: no classifier.out_proj.weight; this is no classifier's adapter")
     labels = tuple(adapter.metadata.get("labels") or (f"LABEL_{i}" for i in range(len(head))))
-    model, tokenizer = load_base(adapter.base, num_labels=len(labels), labels=labels)
+    seed = adapter.metadata.get("seed", 0)  # of a random base; others do not depend on it
+    model, tokenizer = load_base(adapter.base, num_labels=len(labels), labels=labels, seed=seed)
     load_adapter(model, folder)
     longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
     return Trained(model.eval(), tokenizer, labels, adapter.metadata.get("max_length_tokens", longest))
@@ -103,12 +107,30 @@ def _load_weights(path: Path) -> Trained:
         with safetensors.safe_open(path, framework="pt") as file:
             note = json.loads((file.metadata() or {})[_ENTRY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if note["digest"] != _digest(tensors):
+                raise ValueError("the digest is not that of the contents")
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise RunError(f"{path}: damaged: {error}") from error
     labels = tuple(note["labels"])
-    model, tokenizer = load_base(note["model"], num_labels=len(labels), labels=labels)
+    model, tokenizer = load_base(note["model"], num_labels=len(labels), labels=labels, seed=note["seed"])
     parameters = dict(model.named_parameters())
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if shapes != {name: parameters[name].shape for name in shapes if name in parameters}:
+        raise RunError(f"{path}: not the tensors of {note['model']!r} as it is now")
+    if note["frozen"] != _frozen(model, tensors):
+        raise RunError(f"{path}: trained on {note['model']!r} with other weights than it has now")
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
     return Trained(model.eval(), tokenizer, labels, note["max_length_tokens"])
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    sha = hashlib.sha256()
+    hash_tensors(sha, tensors)
+    return sha.hexdigest()
+
+
+def _frozen(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
+    """The digest of the model's other parameters."""
+    return _digest({name: p.detach() for name, p in model.named_parameters() if name not in trained})
