@@ -15,8 +15,10 @@ import torch
 
 from bench import accuracy, anatomy, growth, inference, memory, merging, original, peers, recipes, throughput
 from bench.readme import RESULTS
+from lora.files import write_atomically
 from train.data import DataError, load_news
 from train.hardware import device_name, keep_freed_memory, resolve_device
+from train.runs import RunError
 
 # Each has run(quick) -> dict and table(result) -> str; figures(result, folder) where it draws.
 PARTS: dict[str, Any] = {
@@ -33,6 +35,7 @@ PARTS: dict[str, Any] = {
 }
 AS_IT_COMES = ("original",)  # memory allocation as the original's users have it
 WITH_DATA = ("original", "accuracy", "recipes")  # whose run takes AG News as well
+WITH_RIVALS = ("merging", "peers", "original")  # which leave out what is not installed
 ALL = ("throughput", "memory", "inference", "growth")  # what "all" runs: minutes, and no peer needed
 
 
@@ -62,19 +65,24 @@ def main(arguments: list[str] | None = None) -> int:
         if Path(options.data).is_dir():
             options.data = str(Path(options.data).resolve())
     folder = results_folder(resolve_device("auto"))
-    if options.save and not options.quick and options.data is None:
-        lost = _given_data(folder / f"{options.part}.json")
-        if lost:
-            parser.error(f"--save would lose what {folder / options.part}.json has of {lost}; give --data")
+    lost = _would_lose(folder / f"{options.part}.json", options.data)
+    if options.save and not options.quick and lost:
+        print(f"{options.part}: not kept, for {folder / options.part}.json has {lost} too", file=sys.stderr)
+        options.save = False
     if options.part not in AS_IT_COMES:
         keep_freed_memory()
     names = ALL if options.part == "all" else (options.part,)
     results = {}
+    failed = False
     for number, name in enumerate(names, 1):
         print(f"part {number} of {len(names)}: {name}", file=sys.stderr)
         started = time.perf_counter()
         part = PARTS[name]
-        result = {"part": name, "quick": options.quick, **_surroundings(), **_run(part, options)}
+        try:
+            result = {"part": name, "quick": options.quick, **_surroundings(), **_run(part, options)}
+        except RunError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
         if options.data is not None:
             result["given_data"] = Path(options.data).name
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
@@ -82,11 +90,15 @@ def main(arguments: list[str] | None = None) -> int:
         if options.save and options.quick:
             print(f"{name}: a quick run is not kept", file=sys.stderr)
         elif options.save:
-            _save(part, result, folder)
+            try:
+                _save(part, result, folder)
+            except OSError as error:
+                print(f"error: not kept: {error}", file=sys.stderr)
+                failed = True
         results[name] = result
     whole = {"part": "all", **results} if options.part == "all" else results[options.part]
     print(json.dumps(whole))
-    return 0
+    return int(failed)
 
 
 def _run(part: Any, options: argparse.Namespace) -> dict[str, Any]:
@@ -94,10 +106,18 @@ def _run(part: Any, options: argparse.Namespace) -> dict[str, Any]:
     return dict(found)
 
 
-def _given_data(path: Path) -> str | None:
-    """What --data named when the results there were made."""
-    found: str | None = json.loads(path.read_text()).get("given_data") if path.is_file() else None
-    return found
+def _would_lose(path: Path, data: str | None) -> str:
+    """What the results there have and a run without that data or those packages has not; else empty."""
+    if not path.is_file():
+        return ""
+    try:
+        kept = json.loads(path.read_text())
+    except ValueError:  # damaged: nothing to lose
+        return ""
+    lost = [kept["given_data"]] if kept.get("given_data") and data is None else []
+    if kept["part"] in WITH_RIVALS:
+        lost += kept["versions"].keys() - _surroundings()["versions"].keys()
+    return ", ".join(lost)
 
 
 def results_folder(device: torch.device) -> Path:
@@ -107,7 +127,7 @@ def results_folder(device: torch.device) -> Path:
 
 def _save(part: Any, result: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{result['part']}.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_atomically(folder / f"{result['part']}.json", (json.dumps(result, indent=1) + "\n").encode())
     if hasattr(part, "figures"):
         part.figures(result, folder)
 

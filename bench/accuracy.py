@@ -93,7 +93,7 @@ class Cell:
         return RUNS / size / Path(self.data).name / f"{what}-lr{self.learning_rate:g}-seed{self.seed}"
 
     def finish(self) -> dict[str, Any]:
-        """The run's summary. Raises RuntimeError as finish_run does."""
+        """The run's summary. Raises RunError as finish_run does."""
         return finish_run("quickstart", self.settings(), self.folder, threads=1)
 
     def settings(self) -> dict[str, Any]:
@@ -167,7 +167,8 @@ def _set_table(found: dict[str, Any], result: dict[str, Any]) -> list[str]:
         f" {found['test_articles']:,} test articles; {settings['model']}, {settings['max_length_tokens']}"
         f" tokens an article, {found['epochs']} epochs, {found['precision']}, {found['device']}. Mean of"
         f" {len(SEEDS)} seeds with its 95% interval (Student's t), for the noise of seeds alone: the test"
-        " articles are the same for all. McNemar's exact test on those articles, a p a seed."
+        " articles are the same for all. McNemar's exact test on those articles, a p a seed. Minutes and"
+        f" peak are medians. LoRA's rate is chosen at r = {TUNED_RANK} and kept for the other ranks."
     )
     edges = [
         row["name"]
@@ -175,9 +176,8 @@ def _set_table(found: dict[str, Any], result: dict[str, Any]) -> list[str]:
         if row["learning_rate"] in (rates[row["method"]][0], rates[row["method"]][-1])
     ]
     if edges:
-        words += (
-            f" The rate is the last of those tried, and a better one may lie beyond, for: {'; '.join(edges)}."
-        )
+        words += " The rate is at the edge of those tried, and a better one may lie beyond, for:"
+        words += f" {'; '.join(edges)}."
     return [prose(words), markdown(lines), prose(_verdict(found))]
 
 

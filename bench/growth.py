@@ -50,7 +50,7 @@ QUICK = Range((1, 64), ((1, 16),), ((2, 16), (2, 32)), (2, 16), rounds=2, shape_
 def run(quick: bool) -> dict[str, Any]:
     """A point for each contestant of each comparison: its step, its memory, and both over full's.
 
-    The points of one comparison ("group") were timed in the same interleaved rounds.
+    The points of one curve were timed in the same interleaved rounds.
     """
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)

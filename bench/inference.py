@@ -67,10 +67,11 @@ def run(quick: bool) -> dict[str, Any]:
             }
         )
     print(f"inference: {model_name}, merging, loading and swapping", file=sys.stderr)
-    acts = _time_acts(model_name, device, precision, 3 if quick else 15)
+    acts_rounds = 3 if quick else 15
+    acts = _time_acts(model_name, device, precision, acts_rounds)
     return {
         "seed": 0, "precision": precision, "rounds": rounds, "model": model_name, "length": LENGTH,
-        "batches": batches, "acts_milliseconds": acts,
+        "batches": batches, "acts_rounds": acts_rounds, "acts_milliseconds": acts,
     }  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def table(result: dict[str, Any]) -> str:
             prose(
                 f"{result['model']}, r = 8 on query and value; {result['precision']}; {result['device']}."
                 f" Medians of {result['rounds']} interleaved rounds, in brackets the quartiles; then how many"
-                " times the base model's."
+                f" times the base model's. Acts on a whole model's adapter: {result['acts_rounds']} rounds."
             ),
             markdown([["forward", *heads], *states]),
             markdown([["a whole model's adapter", "ms", "quartiles"], *acts]),

@@ -16,6 +16,7 @@ from train.hardware import resolve_device, resolve_precision
 COMPONENTS = {
     "weights": "weights",
     "weight_copies": "their 16-bit copies",
+    "weight_casts": "their casts, made each step",
     "optimizer": "optimizer state",
     "gradients": "gradients",
     "activations": "saved activations",
@@ -36,9 +37,9 @@ def run(quick: bool) -> dict[str, Any]:
             rows.append(
                 {
                     "model": model_name, "rows": batch, "length": length, "mode": kind, **measured,
-                    # Gradients come as activations go, so the two are never there whole at once.
+                    # Gradients come as activations and casts go, so they are never all there at once.
                     "after_forward_bytes": held - parts["gradients"],
-                    "after_backward_bytes": held - parts["activations"],
+                    "after_backward_bytes": held - parts["activations"] - parts["weight_casts"],
                     "peak_above_bare_bytes": measured["peak_bytes"] - measured["bare_bytes"],
                 }
             )  # fmt: skip
@@ -51,9 +52,9 @@ def table(result: dict[str, Any]) -> str:
         [
             prose(
                 f"MiB; {result['precision']}; {result['device']}; each mode in a process of its own."
-                " Activations go while gradients come, so the two are never held whole at once. The measured"
-                " peak is above what is held at either end by temporary tensors, libraries' own memory and"
-                f" freed memory that the allocator has not given back.{_note_on_peaks(result)}"
+                " Activations and casts go while gradients come, so they are never all held at once. The"
+                " measured peak is above what is held at either end by temporary tensors, libraries' own"
+                f" memory and freed memory that the allocator has not given back.{_note_on_peaks(result)}"
             ),
             *(_model_table(rows) for rows in _by_model(result).values()),
         ]
@@ -84,7 +85,7 @@ def figures(result: dict[str, Any], folder: Path) -> None:
     """memory.png: a stacked bar a mode, and the measured peak beside it."""
     models = _by_model(result)
     figure, axes = draw.panels(1, len(models), 5.4, 3.4)
-    colors = (draw.BLUE, draw.GREY, draw.GREEN, draw.RED, draw.ORANGE)
+    colors = (draw.BLUE, draw.GREY, "0.8", draw.GREEN, draw.RED, draw.ORANGE)
     for (name, rows), axis in zip(models.items(), axes[0], strict=True):
         for at, row in enumerate(rows.values()):
             bottom = 0.0

@@ -105,8 +105,9 @@ def table(result: dict[str, Any]) -> str:
         )
         for kind, differences in row["parity"].items():
             text += (
-                f" {NAMES[kind]} with the same adapter, trained in float32 without dropout: logits differ by"
-                f" {differences['logits']:.0e} of the largest, gradients by {differences['gradients']:.0e}."
+                f" {NAMES[kind]} with the same adapter, in float32 and training mode without dropout: logits"
+                f" differ by {differences['logits']:.0e} of the largest, gradients by"
+                f" {differences['gradients']:.0e}."
             )
         parts += [prose(text), markdown(lines)]
     if result["loading"]:

@@ -59,16 +59,17 @@ def _merging(result: dict[str, Any]) -> str:
     """The drift of both implementations in a sentence."""
     rows = {(row["implementation"], row["dtype"]): row for row in result["rows"]}
     ours = max(row["changed_after_all"] for (name, _), row in rows.items() if name == "ours")
-    words = f"{ours:.1%} of ours" if ours else "none of ours"
+    words = f"{ours:.1%}" if ours else "none"
     if ("peft", "float32") not in rows:
-        return f"After {result['cycles']:,} cycles on MiniLM {words} are others, in any dtype."
+        return f"After {result['cycles']:,} cycles on MiniLM {words} of the adapted weights are others here."
     single, half = rows["peft", "float32"], rows["peft", "bfloat16"]
     largest = f"{half['largest_change']:.1e}".replace("e-0", "e-")
     return prose(
-        f"After one cycle on MiniLM {single['changed_after_one']:.1%} of PEFT {result['versions']['peft']}'s"
-        f" float32 weights and {half['changed_after_one']:.1%} of its bfloat16 ones are others; after"
-        f" {result['cycles']:,} cycles {single['changed_after_all']:.1%} and"
-        f" {half['changed_after_all']:.1%}, the latter by up to {largest}; and {words}, in any dtype"
+        f"Under PEFT {result['versions']['peft']}, after one cycle on MiniLM"
+        f" {single['changed_after_one']:.1%} of the adapted weights in float32 and"
+        f" {half['changed_after_one']:.1%} of those in bfloat16 are others; after {result['cycles']:,} cycles"
+        f" {single['changed_after_all']:.1%} and {half['changed_after_all']:.1%}, the latter by up to"
+        f" {largest}; and here {words}, in any dtype"
         " (`make bench-merging`, [`bench/results/merging.json`](bench/results/merging.json))."
     )
 

@@ -187,8 +187,8 @@ def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
 def memory_bytes(entrant: Contestant) -> dict[str, int]:
     """What one step holds: weights, their copies, gradients, optimizer state, and what backward keeps.
 
-    Activations are storages that autograd saved and that are no parameter, no copy of a weight, nor a
-    cast of one (of a weight's shape, in a 16-bit dtype): those count as copies.
+    The last is activations and casts of weights (of a weight's shape, in a 16-bit dtype): storages that
+    autograd saved and that are no parameter and no copy that stays.
     """
     entrant.step()
     parameters = list(entrant.model.parameters())
@@ -219,7 +219,8 @@ def memory_bytes(entrant: Contestant) -> dict[str, int]:
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return {
         "weights": sum(parameter.nbytes for parameter in parameters),
-        "weight_copies": sum(copies.values()) + weight_casts,
+        "weight_copies": sum(copies.values()),
+        "weight_casts": weight_casts,
         "gradients": sum(parameter.nbytes for parameter in trained),
         "optimizer": sum(
             value.nbytes
@@ -234,9 +235,10 @@ def memory_bytes(entrant: Contestant) -> dict[str, int]:
 def held_bytes(parts: Mapping[str, int]) -> int:
     """The most of `memory_bytes`' parts that a step holds at once.
 
-    Gradients come as backward lets go of activations, so the smaller of the two is not counted.
+    Gradients come as backward lets go of what it kept, activations and casts of weights, so the smaller
+    of the two is not counted.
     """
-    return sum(parts.values()) - min(parts["gradients"], parts["activations"])
+    return sum(parts.values()) - min(parts["gradients"], parts["activations"] + parts["weight_casts"])
 
 
 class Products:

@@ -85,7 +85,7 @@ def save_adapter(
         ),
         "metadata": json.loads(json.dumps(dict(metadata or {}))),  # as it is read back: keys are strings
     }
-    note["digest"] = _digest(tensors, note)
+    note["digest"] = digest(tensors, note)
     data = safetensors.torch.save(
         {_to_peft_key(name): tensor for name, tensor in tensors.items()},
         metadata={_ENTRY: json.dumps(note, sort_keys=True)},
@@ -126,7 +126,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         raise AdapterError(f"{path}: damaged: its metadata {_ENTRY!r} is no JSON object")
     config, base = _read_config(folder / CONFIG_FILE)
     if note:
-        if note.get("digest") != _digest(tensors, note):
+        if note.get("digest") != digest(tensors, note):
             raise AdapterError(f"{path}: damaged: the digest is not that of the contents")
         if note["config"] != _plain(config):
             following = folder / _NEXT_CONFIG_FILE
@@ -228,6 +228,14 @@ def hash_tensors(sha: hashlib._Hash, tensors: Mapping[str, Tensor]) -> None:
         sha.update(tensor_bytes(tensors[name]))
 
 
+def digest(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> str:
+    """sha256 of the tensors and of what the note says but for its own "digest"."""
+    rest = {key: value for key, value in note.items() if key != "digest"}
+    sha = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    hash_tensors(sha, tensors)
+    return sha.hexdigest()
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:
@@ -279,13 +287,6 @@ def _read_config(path: Path) -> tuple[LoraConfig, str | None]:
         return from_peft(fields), base
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{path}: {error}") from error
-
-
-def _digest(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in note.items() if key != "digest"}
-    sha = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
-    hash_tensors(sha, tensors)
-    return sha.hexdigest()
 
 
 def _check_base(

@@ -29,6 +29,7 @@ from bench.steps import (
 from bench.tables import markdown
 from lora.parameters import train_only
 from model import HEAD, speed_up
+from train.runs import RunError
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -101,7 +102,8 @@ def test_memory_adds_up_and_says_what_lora_saves(results):
     for row in rows.values():
         parts = row["components"]
         assert row["after_forward_bytes"] + parts["gradients"] == sum(parts.values())
-        assert row["after_backward_bytes"] + parts["activations"] == sum(parts.values())
+        goes = parts["activations"] + parts["weight_casts"]  # with the graph
+        assert row["after_backward_bytes"] + goes == sum(parts.values())
         assert row["peak_above_bare_bytes"] + row["bare_bytes"] == row["peak_bytes"]
     full, lora, head = (rows[kind]["components"] for kind in ("full", "lora", "head"))
     assert lora["weights"] == head["weights"] + 4 * 73_728  # MiniLM's own adapter, r = 8, float32
@@ -125,7 +127,7 @@ def test_components_are_the_arithmetic_of_a_tiny_model():
     assert parts["gradients"] == 4 * head
     assert parts["optimizer"] == 8 * head + 4 * len(list(model.classifier.parameters()))
     # 2 bytes a number: speed_up's copies, and autocast's of the one head weight that backward goes through
-    assert parts["weight_copies"] == 2 * frozen_linears + 2 * 3 * 32
+    assert (parts["weight_copies"], parts["weight_casts"]) == (2 * frozen_linears, 2 * 3 * 32)
 
 
 def test_inference_compares_three_states_of_one_model(results):
@@ -171,10 +173,46 @@ def test_results_of_given_data_are_not_lost_to_a_run_without_it(monkeypatch, tmp
     monkeypatch.setitem(PARTS, "accuracy", part)
     assert main(["accuracy", "--save"]) == 0
     assert main(["accuracy", "--save", "--data", "some_news"]) == 0
-    with pytest.raises(SystemExit):
-        main(["accuracy", "--save"])
-    assert "would lose what" in capsys.readouterr().err
+    assert main(["accuracy", "--save"]) == 0
+    out, err = capsys.readouterr()
+    assert "accuracy.json has some_news too" in err
+    assert json.loads(out.splitlines()[-1])["x"] is None  # it is printed all the same
     assert json.loads((tmp_path / "accuracy.json").read_text())["x"] == "some_news"
+
+
+def test_results_beside_a_rival_are_not_lost_to_a_run_without_it(monkeypatch, tmp_path, capsys):
+    module = importlib.import_module("bench.__main__")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    part = type("Part", (), {"run": lambda quick: {}, "table": lambda result: "table"})
+    monkeypatch.setitem(PARTS, "merging", part)
+    kept = json.dumps({"part": "merging", "versions": {"torch": "1", "python": "3", "no-such-rival": "2"}})
+    (tmp_path / "merging.json").write_text(kept)
+    assert main(["merging", "--save"]) == 0
+    assert "merging.json has no-such-rival too" in capsys.readouterr().err
+    assert (tmp_path / "merging.json").read_text() == kept
+    (tmp_path / "merging.json").write_text("damaged")
+    assert main(["merging", "--save"]) == 0
+    assert json.loads((tmp_path / "merging.json").read_text())["part"] == "merging"
+
+
+def test_what_cannot_be_kept_is_printed_and_an_error(monkeypatch, tmp_path, capsys):
+    module = importlib.import_module("bench.__main__")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "file" / "results")
+    monkeypatch.setitem(PARTS, "growth", type("Part", (), {"run": lambda _: {"x": 1}, "table": lambda _: ""}))
+    assert main(["growth", "--save"]) == 1
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["x"] == 1
+    assert "error: not kept" in err
+
+
+def test_a_run_of_other_settings_is_an_error_and_not_a_traceback(monkeypatch, capsys):
+    def run(quick):
+        raise RunError("runs/here: a run of other settings")
+
+    monkeypatch.setitem(PARTS, "growth", type("Part", (), {"run": run}))
+    assert main(["growth"]) == 2
+    assert "error: runs/here: a run of other settings" in capsys.readouterr().err
 
 
 def test_data_that_is_not_there_is_an_error_before_anything_runs(capsys):
@@ -183,10 +221,11 @@ def test_data_that_is_not_there_is_an_error_before_anything_runs(capsys):
     assert "./no/such: there is no such folder" in capsys.readouterr().err
 
 
-def test_what_a_step_holds_counts_the_larger_of_gradients_and_activations():
-    parts = {"weights": 100, "weight_copies": 10, "optimizer": 4, "gradients": 2, "activations": 30}
-    assert held_bytes(parts) == 144
-    assert held_bytes(parts | {"gradients": 50}) == 164
+def test_what_a_step_holds_counts_the_larger_of_gradients_and_what_they_take_the_place_of():
+    parts = {"weights": 100, "weight_copies": 10, "optimizer": 4, "gradients": 2}
+    kept = {"activations": 30, "weight_casts": 20}
+    assert held_bytes(parts | kept) == 164
+    assert held_bytes(parts | kept | {"gradients": 70}) == 184
 
 
 # --- steps side by side -----------------------------------------------------------------------------

@@ -65,6 +65,7 @@ def test_settings_are_read_as_toml_or_as_text(setting, parsed):
         ({"r": 0}, "^r: "),
         ({"target_modules": []}, "target_modules: empty"),
         ({"target_modules": 3}, "target_modules: 3"),
+        ({"target_modules": "(query"}, "^target_modules: '.query' is not a regular expression"),
         ({"device": "tpu"}, "device: 'tpu'"),
         ({"use_rslora": "yes"}, "use_rslora: 'yes' is not true or false"),
         ({"data": ""}, "data: empty"),

@@ -115,6 +115,11 @@ def test_a_peers_way_drifts_where_this_one_does_not():
         weight = weight + delta
         weight = weight - delta
     assert not torch.equal(weight, layer.weight)
+    kept = layer.weight.detach().clone()
+    for _ in range(100):
+        layer.merge()
+        layer.unmerge()
+    assert torch.equal(layer.weight, kept)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

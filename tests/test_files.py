@@ -7,8 +7,20 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import randomise_adapter, tiny_roberta
+from torch import nn
 
-from lora import AdapterError, LoRALinear, inject, load_adapter, merge, merged, read_adapter, save_adapter
+from lora import (
+    AdapterError,
+    LoraConfig,
+    LoRALinear,
+    eject,
+    inject,
+    load_adapter,
+    merge,
+    merged,
+    read_adapter,
+    save_adapter,
+)  # fmt: skip
 from lora.files import CONFIG_FILE, TENSOR_FILE
 
 
@@ -236,3 +248,63 @@ def test_a_crash_while_saving_leaves_the_old_adapter_or_the_new_one(
     found = read_adapter(folder)
     assert found.config.lora_alpha in (old.config.lora_alpha, 32)
     load_adapter(tiny_roberta(), folder)
+
+
+@torch.no_grad()
+def test_the_first_of_two_patterns_wins_after_a_save_too(model, config, input_ids, tmp_path):
+    patterns = {r"layer\.1\.attention\.self\.query": 64, r"attention\.self\.query": 4}
+    assert list(patterns) != sorted(patterns)
+    inject(model, dataclasses.replace(config, alpha_pattern=patterns, rank_pattern={"z": 1, "a": 2}))
+    randomise_adapter(model)
+    save_adapter(model, tmp_path, base="tiny")
+    fresh = tiny_roberta()
+    adapter = load_adapter(fresh, tmp_path)
+    assert list(adapter.config.alpha_pattern.items()) == list(patterns.items())
+    assert list(adapter.config.rank_pattern) == ["z", "a"]
+    assert torch.equal(fresh(input_ids).logits, model(input_ids).logits)
+
+
+def test_metadata_comes_back_as_json_has_it(adapted, tmp_path):
+    labels = {number: f"class {number}" for number in range(11)}  # as strings they sort otherwise
+    save_adapter(adapted, tmp_path, base="tiny", metadata={"id2label": labels})
+    assert read_adapter(tmp_path).metadata["id2label"] == {str(n): name for n, name in labels.items()}
+
+
+def test_another_tools_metadata_is_an_error_that_says_so(folder):
+    tensors = safetensors.torch.load_file(folder / TENSOR_FILE)
+    safetensors.torch.save_file(tensors, folder / TENSOR_FILE, {"lora": "true"})
+    with pytest.raises(AdapterError, match="no JSON object"):
+        read_adapter(folder)
+
+
+class Twice(nn.Module):
+    """A Linear and a normalisation that stand in two places each; the latter counts batches in int64."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.ModuleDict({"query": nn.Linear(4, 4), "norm": nn.BatchNorm1d(4)})
+        self.second = nn.ModuleDict({"value": self.first["query"], "norm": self.first["norm"]})
+
+    def forward(self, x):
+        for part in (self.first, self.second):
+            x = part["norm"](next(iter(part.values()))(x))
+        return x
+
+
+@torch.no_grad()
+def test_what_stands_in_two_places_is_saved_once_and_loaded_into_both(tmp_path):
+    model, x = Twice(), torch.randn(8, 4)
+    linear = model.first["query"]
+    inject(model, LoraConfig(r=2, modules_to_save=("norm",)))
+    randomise_adapter(model)
+    model.train()(x)  # counts a batch
+    save_adapter(model, tmp_path, base="twice")
+    loaded = Twice()
+    adapter = load_adapter(loaded, tmp_path)
+    assert len(adapter.tensors) == 2 + 5
+    assert loaded.first["query"] is loaded.second["value"]
+    assert torch.equal(loaded.eval()(x), model.eval()(x))
+    eject(model)
+    assert model.first["query"] is model.second["value"]
+    assert model.first["query"].weight is linear.weight

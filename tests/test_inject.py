@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import randomise_adapter, tiny_roberta
 from torch import nn
+from torch.nn.utils import prune
 
 from lora import LoraConfig, LoRALinear, eject, inject
 from lora.tree import lora_layers
@@ -150,3 +151,33 @@ def test_eject_gives_back_the_plain_model_bit_for_bit(model, config, input_ids):
 def test_ejecting_nothing_is_refused(model):
     with pytest.raises(RuntimeError, match="no adapter"):
         eject(model)
+
+
+def test_an_error_while_layers_are_made_leaves_the_model_as_it_was(model, config):
+    modules = list(model.modules())
+    with pytest.raises(RuntimeError):  # value's lora_A would have 10¹³ rows
+        inject(model, dataclasses.replace(config, rank_pattern={"value": 10**13}))
+    assert list(model.modules()) == modules
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_what_was_injected_into_a_part_is_ejected_from_that_part(model, config):
+    inject(model.roberta, dataclasses.replace(config, modules_to_save=()))
+    with pytest.raises(RuntimeError, match="another part of this model"):
+        eject(model)
+    assert len(lora_layers(model)) == 4
+    eject(model.roberta)
+
+
+def test_a_pruned_linear_is_refused(model, config):
+    prune.random_unstructured(model.roberta.encoder.layer[0].attention.self.query, "weight", 0.5)
+    with pytest.raises(TypeError, match=r"query.*no Parameter"):
+        inject(model, config)
+
+
+def test_a_linear_inside_a_module_that_stands_in_two_places_is_adapted_once(config):
+    shared = nn.ModuleDict({"query": nn.Linear(4, 4), "value": nn.Linear(4, 4)})
+    model = nn.ModuleDict({"first": shared, "second": shared})
+    inject(model, dataclasses.replace(config, modules_to_save=()))
+    assert set(lora_layers(model)) == {"first.query", "first.value"}
+    assert model["first"]["query"] is model["second"]["query"]

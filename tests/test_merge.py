@@ -200,3 +200,23 @@ def test_a_model_without_adapter_is_an_error(model):
     for act in (merge, unmerge):
         with pytest.raises(RuntimeError, match="no adapter"):
             act(model)
+
+
+def test_a_weight_that_another_module_holds_too_is_not_merged(model, config):
+    model.roberta.pooler = nn.Linear(32, 32)
+    model.roberta.pooler.weight = model.roberta.encoder.layer[0].attention.self.query.weight
+    inject(model, config)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=r"pooler .* share one weight"):
+        merge(model)
+    with pytest.raises(RuntimeError, match="share one weight"), merged(model):
+        pass
+    assert same_bits(weights(model), before)
+
+
+def test_an_unmerge_that_was_stopped_half_way_can_be_finished(adapted):
+    before = weights(adapted)
+    merge(adapted)
+    next(iter(lora_layers(adapted).values())).unmerge()
+    unmerge(adapted)
+    assert same_bits(weights(adapted), before)

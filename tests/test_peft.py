@@ -8,7 +8,7 @@ import torch
 from conftest import randomise_adapter
 from conftest import tiny_roberta as wild_roberta
 
-from lora import AdapterError, LoraConfig, inject, load_adapter, merge, save_adapter
+from lora import AdapterError, LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 from lora.files import CONFIG_FILE, TENSOR_FILE
 
 peft = pytest.importorskip("peft")
@@ -126,8 +126,8 @@ def test_a_16_bit_adapter_of_peft_loads(tmp_path, input_ids):
     "settings",
     [
         {"use_dora": True}, {"lora_bias": True}, {"bias": "lora_only"}, {"init_lora_weights": "pissa"},
-        {"init_lora_weights": "olora"}, {"layers_to_transform": [0]}, {"exclude_modules": ["value"]},
-        {"trainable_token_indices": [1, 2]},
+        {"init_lora_weights": "olora"}, {"layers_to_transform": [0]}, {"layers_to_transform": 0},
+        {"exclude_modules": ["value"]}, {"trainable_token_indices": [1, 2]},
     ],
     ids=str,
 )  # fmt: skip
@@ -158,3 +158,11 @@ def test_unmerging_in_peft_drifts_and_here_it_does_not(tmp_path, input_ids):
         theirs.merge_adapter()
         theirs.unmerge_adapter()
     assert not torch.equal(layer.get_base_layer().weight, before)
+    ours = tiny_roberta().to(torch.bfloat16)
+    weight = ours.roberta.encoder.layer[0].attention.self.query.weight
+    assert torch.equal(weight, before)
+    load_adapter(ours, tmp_path, check_base=False)
+    for _ in range(10):
+        merge(ours)
+        unmerge(ours)
+    assert torch.equal(weight, before)

@@ -9,14 +9,19 @@ from functools import partial
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from conftest import content
 
-from lora import read_adapter
-from train import evaluate, predict
+from lora import inject, read_adapter
+from lora.files import CONFIG_FILE, TENSOR_FILE, digest
+from lora.parameters import train_only
+from model import HEAD, load_base
+from train import evaluate, predict, runs
 from train.batches import encode
 from train.checkpoint import CheckpointError, list_checkpoints
 from train.cli import main
+from train.config import Recipe
 from train.data import load_news
 from train.job import InterruptedRunError, run_job
 from train.loop import Trainer, TrainingError
@@ -191,6 +196,14 @@ def test_a_damaged_checkpoint_is_caught_and_the_one_before_is_offered(run, recip
     newest.unlink()
     run_job("tiny", recipe, folder, resume=True)
     assert content(folder) == content(run[0])
+
+
+@pytest.fixture(scope="session")
+def head_run(recipe, tmp_path_factory):
+    """The folder of a finished run that trained the head alone."""
+    folder = tmp_path_factory.mktemp("run") / "head"
+    run_job("tiny", dataclasses.replace(recipe, method="head", epochs=1), folder)
+    return folder
 
 
 @pytest.mark.parametrize("method", ["full", "head"])
@@ -457,3 +470,66 @@ def test_the_real_tokenizer_and_news_train_through_the_roberta_base_recipe(ag_ne
     assert np.sum(summary["test_confusion_matrix"]) == 7600
     assert summary["labels"] == ["World", "Sports", "Business", "Sci/Tech"]
     assert predict.main([str(folder), "Stocks fell."]) == 0
+
+
+def rewrite_weights(path, change, keep_digest=False):
+    with safetensors.safe_open(path, framework="pt") as file:
+        note = json.loads(file.metadata()["run"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(tensors, note)
+    if not keep_digest:
+        note["digest"] = digest(tensors, note)
+    safetensors.torch.save_file(tensors, path, {"run": json.dumps(note)})
+
+
+BIAS = "classifier.out_proj.bias"
+
+
+@pytest.mark.parametrize(
+    ("change", "keep_digest", "message"),
+    [
+        (lambda tensors, _: tensors[BIAS].add_(1), True, "damaged: the digest"),
+        (lambda tensors, _: tensors.update({BIAS: torch.zeros(1)}), False, "not the tensors of"),
+        (lambda tensors, _: tensors.update(unknown=torch.zeros(1)), False, "not the tensors of"),
+        (lambda tensors, _: tensors.pop(BIAS), False, "with other weights"),
+        (lambda _, note: note.update(frozen=""), False, "with other weights"),
+        (lambda _, note: note.pop("frozen"), True, "damaged: the digest"),
+    ],
+)
+def test_weights_of_a_run_that_is_not_lora_are_verified(head_run, tmp_path, change, keep_digest, message):
+    folder = tmp_path / "run"
+    shutil.copytree(head_run, folder)
+    load_trained(folder)
+    rewrite_weights(folder / runs.WEIGHTS, change, keep_digest)
+    with pytest.raises(RunError, match=message):
+        load_trained(folder)
+
+
+@pytest.mark.parametrize("method", ["lora", "head"])
+def test_a_random_base_is_drawn_from_the_runs_seed_again(tmp_path, method):
+    recipe = Recipe(model="random:minilm", method=method, seed=3)
+    model = load_base(recipe.model, num_labels=2, seed=3)[0]
+    if method == "lora":
+        inject(model, recipe.lora_config())
+    else:
+        train_only(model, HEAD)
+    runs.save_trained(model, tmp_path, recipe, ("a", "b"))
+    loaded = load_trained(tmp_path).model
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
+
+
+def test_an_adapters_folder_of_a_run_that_is_not_finished_is_not_taken_for_a_result(run, tmp_path):
+    shutil.copytree(run[0], tmp_path / "run")
+    (tmp_path / "run" / runs.SUMMARY).unlink()
+    with pytest.raises(RunError, match="not finished"):
+        load_trained(tmp_path / "run")
+
+
+def test_the_adapters_bytes_are_those_of_its_two_files(run, recipe, tmp_path):
+    shutil.copytree(run[0] / "adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / ".adapter_model.safetensors.left").write_bytes(b"of a kill")
+    trained = load_trained(run[0])
+    assert runs.save_trained(trained.model, tmp_path, recipe, trained.labels) == sum(
+        (tmp_path / "adapter" / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE)
+    )

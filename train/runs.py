@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tomllib
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lora import AdapterError, load_adapter, read_adapter, save_adapter
-from lora.files import CONFIG_FILE, TENSOR_FILE, hash_tensors, write_atomically
+from lora.files import CONFIG_FILE, TENSOR_FILE, digest, write_atomically
 from model import load_base
 from train.config import Recipe, make_recipe
 
@@ -49,7 +48,8 @@ def save_trained(model: nn.Module, folder: Path, recipe: Recipe, labels: tuple[s
         save_adapter(model, folder / ADAPTER, base=recipe.model, task_type="SEQ_CLS", metadata=metadata)
         return sum((folder / ADAPTER / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
     tensors = {name: p.detach().cpu() for name, p in model.named_parameters() if p.requires_grad}
-    note = {**metadata, "model": recipe.model, "digest": _digest(tensors), "frozen": _frozen(model, tensors)}
+    note = {**metadata, "model": recipe.model, "frozen": _frozen(model, tensors)}
+    note["digest"] = digest(tensors, note)
     data = safetensors.torch.save(tensors, {_ENTRY: json.dumps(note, sort_keys=True)})
     write_atomically(folder / WEIGHTS, data)
     return (folder / WEIGHTS).stat().st_size
@@ -107,7 +107,7 @@ def _load_weights(path: Path) -> Trained:
         with safetensors.safe_open(path, framework="pt") as file:
             note = json.loads((file.metadata() or {})[_ENTRY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if note["digest"] != _digest(tensors):
+            if note["digest"] != digest(tensors, note):
                 raise ValueError("the digest is not that of the contents")
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         raise RunError(f"{path}: damaged: {error}") from error
@@ -125,12 +125,6 @@ def _load_weights(path: Path) -> Trained:
     return Trained(model.eval(), tokenizer, labels, note["max_length_tokens"])
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    sha = hashlib.sha256()
-    hash_tensors(sha, tensors)
-    return sha.hexdigest()
-
-
 def _frozen(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
     """The digest of the model's other parameters."""
-    return _digest({name: p.detach() for name, p in model.named_parameters() if name not in trained})
+    return digest({name: p.detach() for name, p in model.named_parameters() if name not in trained}, {})
