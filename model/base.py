@@ -162,7 +162,9 @@ def _fetch(name: str) -> Path:
         folder = Path(
             huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=True)
         )
-        if list(folder.glob("model*.safetensors")):
+        if list(folder.glob("model*.safetensors")) and any(
+            (folder / each).is_file() for each in _TOKENIZER_FILES
+        ):
             return folder
     except HFValidationError as error:
         raise ModelError(f"{name!r} is neither a folder nor a name that the hub could have") from error

@@ -148,6 +148,7 @@ def test_a_name_on_the_hub_is_fetched(hub_folder, tmp_path):
         "model, tokenizer = load_base('team/tiny', num_labels=3)\n"
         "print(model.config.hidden_size, tokenizer('the cup')['input_ids'][0])\n"
     )
+    weights_alone = "import transformers\ntransformers.AutoModel.from_pretrained('team/tiny')\n"
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "0",
@@ -156,10 +157,13 @@ def test_a_name_on_the_hub_is_fetched(hub_folder, tmp_path):
         "HF_HUB_DISABLE_XET": "1",
     }
     try:
-        for _ in range(2):  # the second time from the cache, with the hub gone
+        # The first time the cache has weights and no tokenizer, as AutoModel leaves it; the second time all
+        # is in the cache, and the hub is gone.
+        for before in (weights_alone, ""):
             result = subprocess.run(
-                [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
-            )
+                [sys.executable, "-c", before + script], env=environment, capture_output=True, text=True,
+                timeout=120,
+            )  # fmt: skip
             assert result.stdout.split() == ["32", "0"], result.stderr[-2000:]
             server.shutdown()
             server.server_close()
