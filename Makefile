@@ -63,7 +63,7 @@ bench-original: $(PEERS)/.run  ## an epoch as the original project runs it, besi
 	$(PEERS)/bin/python -m bench original --save $(ARGS)
 	$(PEERS)/bin/python -m bench.readme
 
-bench-accuracy: $(VENV)/.run  ## full, LoRA by rank, head: half an hour; ARGS="--data FOLDER" adds AG News, two hours
+bench-accuracy: $(VENV)/.run  ## full, LoRA by rank, head: twenty minutes; ARGS="--data FOLDER" adds AG News, two hours
 	$(RUN) -m bench accuracy --save $(ARGS)
 	$(RUN) -m bench.readme
 
