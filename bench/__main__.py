@@ -35,7 +35,7 @@ PARTS: dict[str, Any] = {
 }
 AS_IT_COMES = ("original",)  # memory allocation as the original's users have it
 WITH_DATA = ("original", "accuracy", "recipes")  # whose run takes AG News as well
-WITH_RIVALS = ("merging", "peers", "original")  # which leave out what is not installed
+WITH_RIVALS = ("merging", "peers")  # which leave out what is not installed
 ALL = ("throughput", "memory", "inference", "growth")  # what "all" runs: minutes, and no peer needed
 
 

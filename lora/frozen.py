@@ -57,6 +57,7 @@ class FrozenLinear(nn.Linear):
             dtype is None
             or torch.compiler.is_compiling()  # which sees no versions or addresses, and fuses its own casts
             or any(p.requires_grad or p.is_meta or p.is_inference() for p in parameters)
+            or self.weight.dtype == torch.float64  # autocast leaves it alone
             or not torch.is_autocast_enabled(device)
             or torch.get_autocast_dtype(device) != dtype
         ):

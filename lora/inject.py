@@ -14,7 +14,7 @@ from lora.frozen import FrozenLinear
 from lora.linear import LoRALinear
 from lora.merge import merge as merge_model
 from lora.parameters import train_only
-from lora.tree import ends_with, has_adapter, lora_config, lora_layers, modules_named
+from lora.tree import ends_with, has_adapter, lora_config, lora_layers, modules_named, modules_once
 
 
 @dataclass(frozen=True)
@@ -90,23 +90,20 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
 
 def place_adapters(model: nn.Module, config: LoraConfig, injection: Injection, seed: int) -> None:
     """Swaps in the layers and freezes the rest, as `inject` describes; checks nothing."""
+    names = [name for matched in injection.adapted.values() for name in matched]
     adapters: dict[nn.Module, LoRALinear] = {}  # a Linear that stands in two places gets one adapter
-    layers: dict[str, LoRALinear] = {}
-    for name in dict.fromkeys(name for names in injection.adapted.values() for name in names):
-        linear = model.get_submodule(name)
-        if linear not in adapters:
-            assert isinstance(linear, nn.Linear)
-            adapters[linear] = LoRALinear(
-                linear,
-                r=config.rank(name),
-                lora_alpha=config.alpha(name),
-                lora_dropout=config.lora_dropout,
-                use_rslora=config.use_rslora,
-                generator=_generator(seed, name),
-            )
-        layers[name] = adapters[linear]
+    for name, linear in modules_once(model, names).items():
+        assert isinstance(linear, nn.Linear)
+        adapters[linear] = LoRALinear(
+            linear,
+            r=config.rank(name),
+            lora_alpha=config.alpha(name),
+            lora_dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            generator=_generator(seed, name),
+        )
     # All are made before the first is swapped in: where one does not fit into memory, nothing has changed.
-    for name, layer in layers.items():
+    for name, layer in {name: adapters[model.get_submodule(name)] for name in names}.items():
         _swap(model, name, layer)
 
     train_only(model, config.modules_to_save)
@@ -122,8 +119,9 @@ def eject(model: nn.Module, merge: bool = False) -> None:
     merge=False leaves the base weights as they were before `inject`, bit for bit; merge=True leaves
     them with the adapter folded in. What modules_to_save names stays as trained.
 
-    Raises RuntimeError if the model has no adapter, is merged (unmerge first: whether the adapter is to
-    stay folded in should be said, not guessed), or is inside `disabled`.
+    Raises RuntimeError if the model has no adapter or it was injected into another part of it, is merged
+    (unmerge first: whether the adapter is to stay folded in should be said, not guessed), is inside
+    `disabled`, or cannot be merged (`merge`).
     """
     lora_config(model)
     for name, layer in lora_layers(model).items():

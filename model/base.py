@@ -184,7 +184,7 @@ def _fetch(name: str) -> Path:
 
 def _unavailable(name: str, reason: str) -> str:
     return (
-        f"{name}: there is no folder of that name here, none in the hub's cache, and {reason}.\n"
+        f"{name}: there is no folder of that name here, none whole in the hub's cache, and {reason}.\n"
         "What works without the hub:\n"
         "  a folder  --model FOLDER, with config.json, model.safetensors and the tokenizer's files\n"
         "  the quickstart  make train, with the embedded model and news"

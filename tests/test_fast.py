@@ -664,6 +664,13 @@ def test_a_weight_in_the_compute_dtype_needs_no_copy():
     assert layer.copy_bytes() == 0
 
 
+def test_a_float64_weight_has_no_copy_for_autocast_leaves_it_alone():
+    layer = FrozenLinear(nn.Linear(4, 4).double().requires_grad_(False))
+    layer.compute_in(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
+
+
 def test_what_is_shared_or_hooked_stays_so():
     model = tiny_roberta()
     for parameter in model.parameters():

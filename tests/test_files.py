@@ -296,15 +296,36 @@ class Twice(nn.Module):
 def test_what_stands_in_two_places_is_saved_once_and_loaded_into_both(tmp_path):
     model, x = Twice(), torch.randn(8, 4)
     linear = model.first["query"]
-    inject(model, LoraConfig(r=2, modules_to_save=("norm",)))
+    # Its first name is first.query, though "value" is the first pattern.
+    config = LoraConfig(
+        r=2, target_modules=("value", "query"), rank_pattern={"value": 3}, modules_to_save=("norm",)
+    )
+    inject(model, config)
     randomise_adapter(model)
     model.train()(x)  # counts a batch
     save_adapter(model, tmp_path, base="twice")
     loaded = Twice()
     adapter = load_adapter(loaded, tmp_path)
     assert len(adapter.tensors) == 2 + 5
+    assert adapter.tensors["first.query.lora_A"].shape == (2, 4)
     assert loaded.first["query"] is loaded.second["value"]
     assert torch.equal(loaded.eval()(x), model.eval()(x))
     eject(model)
     assert model.first["query"] is model.second["value"]
     assert model.first["query"].weight is linear.weight
+
+
+@torch.no_grad()
+def test_a_target_inside_a_part_that_stands_in_two_places_loads_again(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        part = nn.ModuleDict({"query": nn.Linear(4, 4)})
+        return nn.ModuleDict({"first": part, "second": part})
+
+    model, loaded = make(), make()
+    inject(model, LoraConfig(r=2, target_modules=r"second\.query"))
+    randomise_adapter(model)
+    save_adapter(model, tmp_path, base="parts")
+    load_adapter(loaded, tmp_path)
+    x = torch.randn(3, 4)
+    assert torch.equal(loaded["second"]["query"](x), model["second"]["query"](x))

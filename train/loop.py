@@ -27,7 +27,7 @@ from train.hardware import autocast
 from train.metrics import Scores
 from train.telemetry import Telemetry
 
-_MOST_GRAPHS = 128  # 16 lengths up to 512 tokens; whole batches, an epoch's short last one, eval modes
+_MOST_GRAPHS = 128  # 16 lengths up to 512 tokens, padded or not; an epoch's short last batch, eval modes
 _COMPILED_LENGTHS = 32  # rows are padded to a multiple of so many tokens where a model is compiled
 
 

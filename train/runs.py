@@ -107,10 +107,12 @@ def _load_weights(path: Path) -> Trained:
         with safetensors.safe_open(path, framework="pt") as file:
             note = json.loads((file.metadata() or {})[_ENTRY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if "digest" not in note:
+                raise ValueError("there is no digest in it, as earlier versions left it; train it anew")
             if note["digest"] != digest(tensors, note):
                 raise ValueError("the digest is not that of the contents")
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise RunError(f"{path}: damaged: {error}") from error
+        raise RunError(f"{path}: damaged or of another version: {error}") from error
     labels = tuple(note["labels"])
     model, tokenizer = load_base(note["model"], num_labels=len(labels), labels=labels, seed=note["seed"])
     parameters = dict(model.named_parameters())
