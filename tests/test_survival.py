@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from conftest import content
 
 from train.checkpoint import list_checkpoints
 from train.config import Recipe
+from train.console import _open_after
 
 ROOT = Path(__file__).parent.parent
 
@@ -218,3 +220,26 @@ def test_a_rank_that_dies_takes_the_others_with_it_and_the_run_resumes(recipe_fi
     returned, _, err = finish(process)
     assert returned == 143, err
     assert "resuming after step" in err
+
+
+def test_a_logs_kept_lines_are_there_at_every_moment_of_being_cut(tmp_path):
+    """Another process reads them just then, and a kill may come just then."""
+    path = tmp_path / "metrics.jsonl"
+    kept = b"{}\n" * 5000
+    path.write_bytes(kept)
+    done = threading.Event()
+
+    def cut() -> None:
+        for _ in range(300):
+            with _open_after(path, 5000) as file:
+                file.write("{}\n" * 100)
+        done.set()
+
+    thread = threading.Thread(target=cut)
+    thread.start()
+    try:
+        while not done.is_set():
+            assert path.read_bytes().startswith(kept)
+    finally:
+        thread.join()
+    assert path.read_bytes() == kept + b"{}\n" * 100

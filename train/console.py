@@ -71,7 +71,11 @@ class Silence:
 
 
 def _open_after(path: Path, lines: int) -> Any:
-    """The file, cut after its first `lines` lines, to append to."""
+    """The file, cut after its first `lines` lines, to append to.
+
+    Cut where it lies: those lines are there at every moment, for another process and for a kill.
+    """
     kept = path.read_bytes().splitlines(keepends=True)[:lines] if path.is_file() else []
-    path.write_bytes(b"".join(kept))
-    return path.open("a", encoding="utf-8")
+    file = path.open("a", encoding="utf-8")
+    file.truncate(sum(map(len, kept)))
+    return file

@@ -78,7 +78,9 @@ class Trainer:
         world: World = ALONE,
     ):
         self.model, self.recipe, self.world = model, recipe, world
-        self.parallel = model if world.size == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+        self.parallel = (
+            model if world.size == 1 else DistributedDataParallel(model, forward_sync_buffers=False)
+        )
         # One graph for each shape: shapes that vary freely make slower ones.
         self.forward = torch.compile(self.parallel, dynamic=False) if recipe.compile else self.parallel
         if recipe.compile:  # torch gives up after 8 graphs, without a word but a warning
