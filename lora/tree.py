@@ -43,14 +43,15 @@ def ends_with(name: str, pattern: str) -> bool:
 
 def modules_once(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """The modules of those names, in the model's order, each by the first name that leads to such a place."""
+    modules = dict(model.named_modules(remove_duplicate=False))
 
     def place(name: str) -> tuple[nn.Module, str]:
         parent, _, child = name.rpartition(".")
-        return model.get_submodule(parent), child
+        return modules[parent], child
 
     places = {place(name) for name in names}
     found: dict[nn.Module, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in modules.items():
         if name and place(name) in places:
             found.setdefault(module, name)
     return {name: module for module, name in found.items()}

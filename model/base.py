@@ -118,7 +118,7 @@ def _from_folder(folder: Path, settings: dict[str, Any], seed: int) -> tuple[Any
         raise ModelError(f"{folder}: there is no config.json, so this is no model in the hub's layout")
     if not list(folder.glob("model*.safetensors")):
         raise ModelError(f"{folder}: there is no model.safetensors (pickled weights are not read)")
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not _has_tokenizer(folder):
         raise ModelError(f"{folder}: there is no tokenizer in it ({', '.join(_TOKENIZER_FILES)})")
     try:
         config = AutoConfig.from_pretrained(folder)
@@ -154,6 +154,10 @@ def _from_folder(folder: Path, settings: dict[str, Any], seed: int) -> tuple[Any
     return model, tokenizer
 
 
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def _fetch(name: str) -> Path:
     """The hub's files for `name`, from the cache if they are there."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -162,9 +166,7 @@ def _fetch(name: str) -> Path:
         folder = Path(
             huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, local_files_only=True)
         )
-        if list(folder.glob("model*.safetensors")) and any(
-            (folder / each).is_file() for each in _TOKENIZER_FILES
-        ):
+        if list(folder.glob("model*.safetensors")) and _has_tokenizer(folder):
             return folder
     except HFValidationError as error:
         raise ModelError(f"{name!r} is neither a folder nor a name that the hub could have") from error
