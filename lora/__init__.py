@@ -1,6 +1,6 @@
-"""LoRA by hand in plain PyTorch: ΔW = (α/r)·B·A beside frozen linear layers (arXiv 2106.09685).
+"""LoRA by hand in plain PyTorch: ΔW = (α/r)·B·A added to frozen linear layers (arXiv 2106.09685).
 
-Start with `linear.py`, then `inject.py`.
+Read `linear.py` first, then `inject.py`.
 """
 
 from lora.config import LoraConfig
@@ -8,15 +8,15 @@ from lora.files import Adapter, AdapterError, load_adapter, read_adapter, save_a
 from lora.inject import Injection, eject, inject
 from lora.linear import LoRALinear
 from lora.merge import disabled, merge, merged, unmerge
-from lora.parameters import Ledger, count_parameters
+from lora.parameters import ParameterCount, count_parameters
 
 __all__ = [
     "Adapter",
     "AdapterError",
     "Injection",
-    "Ledger",
     "LoRALinear",
     "LoraConfig",
+    "ParameterCount",
     "count_parameters",
     "disabled",
     "eject",

@@ -14,7 +14,7 @@ from torch import nn
 
 from lora.anatomy import delta_svd
 from lora.linear import LoRALinear
-from lora.tree import lora_layers
+from lora.modules import lora_layers
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 
     Raises RuntimeError if a layer is merged or switched off, ValueError on a name that has no adapter.
     """
-    layers = _apart(model)
+    layers = _unmerged(model)
     for name in names:
         if name not in layers:
             raise ValueError(f"{name}: no adapted layer of this model; there are {', '.join(layers)}")
@@ -42,7 +42,7 @@ def scaled(model: nn.Module, factor: float) -> Iterator[None]:
 
     Raises RuntimeError if a layer is merged or switched off.
     """
-    layers = _apart(model)
+    layers = _unmerged(model)
     before = {name: layer.scaling for name, layer in layers.items()}
     try:
         for layer in layers.values():
@@ -65,7 +65,7 @@ def truncated(model: nn.Module, rank: int) -> Iterator[None]:
     """
     if rank < 0:
         raise ValueError(f"rank: {rank} is negative")
-    layers = {name: layer for name, layer in _apart(model).items() if rank < layer.r}
+    layers = {name: layer for name, layer in _unmerged(model).items() if rank < layer.r}
     before = {name: layer.lora_B.detach().clone() for name, layer in layers.items()}
     try:
         for layer in layers.values():
@@ -77,7 +77,7 @@ def truncated(model: nn.Module, rank: int) -> Iterator[None]:
             layer.lora_B.copy_(before[name])
 
 
-def _apart(model: nn.Module) -> dict[str, LoRALinear]:
+def _unmerged(model: nn.Module) -> dict[str, LoRALinear]:
     layers = lora_layers(model)
     for name, layer in layers.items():
         if layer.merged:

@@ -1,4 +1,4 @@
-"""The settings of an adapter. Field names and defaults are PEFT's, so this is the adapter's config file."""
+"""The settings of an adapter. Names and defaults are PEFT's, so this is also the adapter's config file."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What to adapt and how strongly: ΔW = scaling·B·A on every Linear that `target_modules` matches.
+    """Which layers to adapt and how strongly: ΔW = scaling·B·A on each Linear that `target_modules` matches.
 
     r: rank of ΔW, at least 1.
     lora_alpha: scaling = lora_alpha / r (arXiv 2106.09685, section 4.1).
-    lora_dropout: probability, in [0, 1), with which an input element of the adapter is dropped.
-    target_modules: patterns. Each matches a module whose dotted name ends with it at a dot ("query",
-        "attention.self.query") or equals it. One string is a regular expression for whole names.
-    modules_to_save: names, matched the same way, of freshly initialised parts. They are trained whole,
-        saved with the adapter, and never get a LoRA of their own.
+    lora_dropout: probability, in [0, 1), of zeroing an element of the adapter's input in training.
+    target_modules: patterns. A pattern matches a module whose dotted name equals it or ends with it after
+        a dot ("query", "attention.self.query"). A single string is a regular expression for whole names.
+    modules_to_save: names, matched the same way, of newly initialised modules. They are trained in full,
+        saved with the adapter, and not adapted themselves.
     use_rslora: scaling = lora_alpha / sqrt(r) instead (arXiv 2312.03732, equation 3).
-    rank_pattern, alpha_pattern: another r or lora_alpha for modules whose name ends with the key
-        (a regular expression, as in PEFT).
+    rank_pattern, alpha_pattern: a different r or lora_alpha for modules whose name ends with the key, a
+        regular expression as in PEFT.
 
-    Raises ValueError or TypeError on a value outside its range; the message names the field.
+    Raises TypeError or ValueError if a value is out of range; the message names the field.
     """
 
     r: int = 8
@@ -39,7 +39,7 @@ class LoraConfig:
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        set_field = object.__setattr__  # the dataclass is frozen; this is its constructor
+        set_field = object.__setattr__  # the dataclass is frozen
         if not isinstance(self.target_modules, str):
             set_field(self, "target_modules", _names("target_modules", self.target_modules))
         if isinstance(self.modules_to_save, str):
@@ -55,63 +55,67 @@ class LoraConfig:
             raise ValueError("target_modules: empty, so there is nothing to adapt")
         if not isinstance(self.use_rslora, bool):
             raise TypeError(f"use_rslora: {self.use_rslora!r} is not true or false")
+        if isinstance(self.target_modules, str):
+            _check_regex("target_modules", self.target_modules)
         for pattern, rank in self.rank_pattern.items():
+            _check_regex("rank_pattern", pattern)
             check_rank(f"rank_pattern[{pattern!r}]", rank)
         for pattern, alpha in self.alpha_pattern.items():
+            _check_regex("alpha_pattern", pattern)
             check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
-        expressions = [("rank_pattern", pattern) for pattern in self.rank_pattern]
-        expressions += [("alpha_pattern", pattern) for pattern in self.alpha_pattern]
-        if isinstance(self.target_modules, str):
-            expressions.append(("target_modules", self.target_modules))
-        for name, expression in expressions:
-            try:
-                re.compile(expression)
-            except re.error as error:
-                raise ValueError(f"{name}: {expression!r} is not a regular expression: {error}") from error
 
-    def rank(self, name: str) -> int:
-        """The rank for the module called `name`."""
-        return _first_match(self.rank_pattern, name, self.r)
-
-    def alpha(self, name: str) -> float:
-        """The lora_alpha for the module called `name`."""
-        return _first_match(self.alpha_pattern, name, self.lora_alpha)
+    def for_layer(self, name: str) -> dict[str, Any]:
+        """The keyword arguments of LoRALinear for the module called `name`."""
+        return {
+            "r": _first_match(self.rank_pattern, name, self.r),
+            "lora_alpha": _first_match(self.alpha_pattern, name, self.lora_alpha),
+            "lora_dropout": self.lora_dropout,
+            "use_rslora": self.use_rslora,
+        }
 
 
-def check_rank(field_name: str, r: int) -> None:
-    """Raises TypeError or ValueError unless `r` is a whole number of at least 1."""
+def check_rank(field_name: str, r: Any) -> None:
+    """Raises TypeError or ValueError unless `r` is an integer of at least 1."""
     if isinstance(r, bool) or not isinstance(r, int):
-        raise TypeError(f"{field_name}: a rank is a whole number, not {r!r}")
+        raise TypeError(f"{field_name}: a rank is an integer, not {r!r}")
     if r < 1:
         raise ValueError(f"{field_name}: a rank is at least 1, not {r}")
 
 
-def check_alpha(field_name: str, alpha: float) -> None:
+def check_alpha(field_name: str, alpha: Any) -> None:
     """Raises TypeError or ValueError unless `alpha` is a finite positive number."""
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float):
-        raise TypeError(f"{field_name}: alpha is a number, not {alpha!r}")
+    _check_number(field_name, alpha)
     if not (math.isfinite(alpha) and alpha > 0):
         raise ValueError(f"{field_name}: alpha is a finite number above 0, not {alpha}")
 
 
-def check_dropout(field_name: str, p: float) -> None:
+def check_dropout(field_name: str, p: Any) -> None:
     """Raises TypeError or ValueError unless `p` is a probability below 1."""
-    if isinstance(p, bool) or not isinstance(p, int | float):
-        raise TypeError(f"{field_name}: a dropout is a number, not {p!r}")
+    _check_number(field_name, p)
     if not 0 <= p < 1:
-        raise ValueError(f"{field_name}: a dropout is at least 0 and below 1, not {p}")
+        raise ValueError(f"{field_name}: a dropout probability is at least 0 and below 1, not {p}")
 
 
-def _names(field_name: str, names: tuple[str, ...]) -> tuple[str, ...]:
-    names = tuple(names)
-    for name in names:
+def _check_number(field_name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{field_name}: {value!r} is not a number")
+
+
+def _check_regex(field_name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{field_name}: {pattern!r} is not a regular expression: {error}") from error
+
+
+def _names(field_name: str, names: Any) -> tuple[str, ...]:
+    found: tuple[str, ...] = tuple(names)
+    for name in found:
         if not isinstance(name, str) or not name:
             raise TypeError(f"{field_name}: {name!r} is not a module name")
-    return names
+    return found
 
 
 def _first_match(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+    matches = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
+    return next(matches, default)

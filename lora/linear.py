@@ -1,15 +1,15 @@
 """A linear layer with a LoRA adapter. Read this file first.
 
-LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1) freezes a pretrained weight W and learns what to
-add to it as the product of two thin matrices:
+LoRA (Hu et al. 2021, arXiv 2106.09685, section 4.1) freezes a pretrained weight W and learns an update of
+it as the product of two thin matrices:
 
-    h = W·x + b + ΔW·x          ΔW = (α/r)·B·A
+    h = W·x + b + ΔW·x          ΔW = scaling·B·A,  scaling = α/r
 
-    W  (out, in)  frozen        A  (r, in)   starts random
-    b  (out,)     frozen        B  (out, r)  starts at zero, so at first ΔW = 0 and h = W·x + b
+    W  (out, in)  frozen        A  (r, in)   initialised at random
+    b  (out,)     frozen        B  (out, r)  initialised to zero, so that at first ΔW = 0 and h = W·x + b
 
-With r far below in and out, A and B hold r·(in + out) numbers where W holds in·out: for a layer of
-768 x 768 and r = 8, 12,288 instead of 589,824. Training touches A and B alone.
+For r much smaller than in and out, A and B have r·(in + out) elements where W has in·out: 12,288 instead
+of 589,824 for a 768 x 768 layer and r = 8. Training updates A and B only.
 """
 
 from __future__ import annotations
@@ -21,20 +21,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.config import check_alpha, check_dropout, check_rank
-from lora.functional import can_fuse, lora_linear
-from lora.guard import MergeGuard
+from lora.mergeable import MergeableLinear
 
 
-class LoRALinear(MergeGuard):
-    """`linear` with an adapter beside it: x (..., in) -> h (..., out), in the dtype that `linear` gives.
+class LoRALinear(MergeableLinear):
+    """An nn.Linear with a LoRA adapter: x (..., in) -> h (..., out), in the dtype `linear` returns.
 
-    It is an nn.Linear whose `weight` and `bias` are the given layer's own Parameters, and it adds
-    `lora_A` (r, in) and `lora_B` (out, r): float32 on a 16-bit layer too, because steps of training
-    are smaller than 16 bits resolve. `generator` draws lora_A, on the CPU, so that every device
-    starts from the same adapter.
+    `weight` and `bias` are the Parameters of `linear`, which are frozen. `lora_A` (r, in) and `lora_B`
+    (out, r) are float32, or float64 for a float64 weight: 16 bits are too coarse for optimizer steps.
+    `generator` must be a CPU generator. It draws lora_A, so that the adapter does not depend on the device.
 
-    Raises TypeError or ValueError if r, lora_alpha or lora_dropout is outside its range.
+    Subclass it to define a variant of LoRA. Everything that handles adapters (inject, counts, files,
+    guards, checkpoints) relies on three answers of the class: `adapter_tensors`, `trained_tensors` and
+    `merged_weight`.
+
+    Raises TypeError or ValueError if r, lora_alpha or lora_dropout is out of range.
     """
+
+    adapter_tensors = ("lora_A", "lora_B")
+    trained_tensors = ("lora_A", "lora_B")
 
     def __init__(
         self,
@@ -50,56 +55,36 @@ class LoRALinear(MergeGuard):
         check_dropout("lora_dropout", lora_dropout)
         super().__init__(linear)
         self.r = r
+        self.lora_alpha = lora_alpha
         self.lora_dropout = lora_dropout
-        # rsLoRA (arXiv 2312.03732, equation 3): dividing by √r keeps high ranks from learning slowly.
+        # rsLoRA (arXiv 2312.03732, equation 3) divides by √r, so that a high rank does not slow learning.
         self.scaling = lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
-        self.enabled = True
 
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        bound = 1 / math.sqrt(self.in_features)  # Kaiming's uniform with a = √5, as nn.Linear starts
+        bound = 1 / math.sqrt(self.in_features)  # Kaiming uniform with a = √5, the default of nn.Linear
         lora_A = torch.empty(r, self.in_features, dtype=dtype).uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(lora_A.to(self.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype, device=self.weight.device))
 
     def forward(self, x: Tensor) -> Tensor:
+        h = super().forward(x)  # W·x + b: (..., in) -> (..., out), or (W + ΔW)·x + b while merged
         if self.merged or not self.enabled:
-            return super().forward(x)  # W·x + b: (..., in) -> (..., out)
-        weight, bias = self.compute_weights()  # W and b, in the dtype to multiply in
-        if can_fuse(x, weight, bias, self.lora_A):  # the formula in one step, which keeps less for backward
-            p = self.lora_dropout if self.training else 0.0
-            return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, p)
-        return self.formula(x)
-
-    def formula(self, x: Tensor) -> Tensor:
-        """W·x + b + scaling·B·A·dropout(x), written plainly: the reference, and what torch.compile sees."""
-        h = F.linear(x, self.weight, self.bias)  # (..., in) -> (..., out)
+            return h
         x = F.dropout(x.to(self.lora_A.dtype), self.lora_dropout, self.training)
-        thin = F.linear(x, self.lora_A)  # (..., in) -> (..., r)
-        return (h + self.scaling * F.linear(thin, self.lora_B)).to(h.dtype)  # (..., r) -> (..., out)
+        # A: (..., in) -> (..., r), B: (..., r) -> (..., out)
+        return (h + self.scaling * F.linear(F.linear(x, self.lora_A), self.lora_B)).to(h.dtype)
 
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
-        """ΔW = scaling·B·A, (out, in), in float64: what `merge` adds to W before it rounds."""
+        """ΔW = scaling·B·A, (out, in), float64."""
         return self.scaling * (self.lora_B.double() @ self.lora_A.double())
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Folds ΔW into the weight, so that forward costs what a plain Linear costs. Keeps a copy of W.
+    def merged_weight(self) -> Tensor:
+        """W + ΔW, (out, in), float64: the weight that `merge` rounds to the dtype of W."""
+        return self.base_weight.double() + self.delta_weight()
 
-        The sum is formed in float64 and rounded once, to the weight's dtype.
-
-        Raises RuntimeError if the layer is merged or disabled, ValueError if the sum is not finite.
-        """
-        self.check_can_merge()
-        merged = (self.weight.double() + self.delta_weight()).to(self.weight.dtype)
-        if not merged.isfinite().all():
-            raise ValueError(f"W + ΔW is not finite in {self.weight.dtype}")
-        self.replace_weight(merged)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Puts the kept W back: the same bits, not a subtraction's approximation of them.
-
-        Raises RuntimeError if the layer is not merged.
-        """
-        self.restore_weight()
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        adapter = f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
+        return f"{super().extra_repr()}, {adapter}, merged={self.merged}, enabled={self.enabled}"

@@ -1,12 +1,12 @@
 """Merging for a whole model: every layer or none.
 
     state       merge           unmerge          merged()                  disabled()
-    apart       merges          error            merges, then unmerges     switches off, then on
-    merged      error           unmerges         nothing to do             unmerges and switches off,
-                                                                           then on and merges
-    disabled    error           error            error                     nothing to do
+    unmerged    merges          error            merges, then unmerges     disables, then enables
+    merged      error           unmerges         no change                 unmerges and disables,
+                                                                           then enables and merges
+    disabled    error           error            error                     no change
 
-A context leaves each layer in the state in which it found it, on an exception too.
+On exit, also by an exception, a context restores the state of each layer.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from contextlib import contextmanager
 from torch import nn
 
 from lora.linear import LoRALinear
-from lora.tree import lora_layers
+from lora.modules import lora_layers
 
 
 def merge(model: nn.Module) -> None:
-    """Merges every layer, in place (LoRALinear.merge). If one fails, all are as before.
+    """Merges every layer in place (MergeableLinear.merge). If one fails, none is merged.
 
-    Raises RuntimeError if there is no adapter, a layer is merged already or switched off, or its weight is
-    another module's too, ValueError if a merged weight would not be finite; the message names the layer.
+    Raises RuntimeError if there is no adapter, or if a layer is merged, disabled, or shares its weight
+    with another module; ValueError if a merged weight is not finite. The message names the layer.
     """
     layers = lora_layers(model)
     _refuse_tied(model, layers)
@@ -37,9 +37,9 @@ def merge(model: nn.Module) -> None:
 
 
 def unmerge(model: nn.Module) -> None:
-    """Puts every merged layer's own weight back, bit for bit, in place: after a stop half way, the rest.
+    """Restores the weight of every merged layer in place, bit for bit. Finishes an interrupted unmerge too.
 
-    Raises RuntimeError if there is no adapter, or if no layer is merged.
+    Raises RuntimeError if there is no adapter or no layer is merged.
     """
     layers = lora_layers(model)
     if not any(layer.merged for layer in layers.values()):
@@ -51,39 +51,30 @@ def unmerge(model: nn.Module) -> None:
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with its adapter folded in, inside a `with`."""
+    """Context in which the model is merged. Raises RuntimeError or ValueError as `merge` does."""
     layers = lora_layers(model)
     if not all(layer.enabled for layer in layers.values()):
         raise RuntimeError("merged() inside disabled(); leave the context first")
     _refuse_tied(model, layers)
-    before = {name: layer.merged for name, layer in layers.items()}
-    _merge_all({name: layer for name, layer in layers.items() if not layer.merged})
-    try:
+    with _restored(layers):
+        _merge_all({name: layer for name, layer in layers.items() if not layer.merged})
         yield model
-    finally:
-        _restore(layers, before)
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with its LoRA switched off, inside a `with`. What modules_to_save names stays as trained."""
+    """Context in which the adapter is off. Modules named in modules_to_save stay as trained."""
     layers = lora_layers(model)
-    before = {name: layer.merged for name, layer in layers.items()}
-    enabled = {name: layer.enabled for name, layer in layers.items()}
-    try:
+    with _restored(layers):
         for layer in layers.values():
             if layer.merged:
                 layer.unmerge()
             layer.enabled = False
         yield model
-    finally:
-        for name, layer in layers.items():
-            layer.enabled = enabled[name]
-        _restore(layers, before)
 
 
 def _refuse_tied(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
-    """A merge writes to the weight itself, and so to every module that holds it."""
+    """Merging writes to the weight in place, so it would change every module that holds the weight."""
     holders: dict[nn.Parameter, str] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
@@ -92,24 +83,30 @@ def _refuse_tied(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
                 raise RuntimeError(f"{name} and {other} share one weight; merging would change both")
 
 
-def _restore(layers: dict[str, LoRALinear], merged_before: dict[str, bool]) -> None:
-    for name, layer in layers.items():
-        if layer.merged and not merged_before[name]:
-            layer.unmerge()
-    _merge_all({name: layer for name, layer in layers.items() if merged_before[name] and not layer.merged})
+@contextmanager
+def _restored(layers: dict[str, LoRALinear]) -> Iterator[None]:
+    before = {name: (layer.merged, layer.enabled) for name, layer in layers.items()}
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            was_merged, layer.enabled = before[name]
+            if layer.merged and not was_merged:
+                layer.unmerge()
+        _merge_all({name: layer for name, layer in layers.items() if before[name][0] and not layer.merged})
 
 
 def _merge_all(layers: dict[str, LoRALinear]) -> None:
-    done: list[LoRALinear] = []
+    started: list[LoRALinear] = []
     try:
         for name, layer in layers.items():
-            done.append(layer)  # before the merge: a stop half way through it is undone as well
+            started.append(layer)  # before the merge, so that an interrupted merge is undone too
             try:
                 layer.merge()
             except (ValueError, RuntimeError) as error:
                 raise type(error)(f"{name}: {error}") from error
     except BaseException:
-        for layer in done:
+        for layer in started:
             if layer.merged:
                 layer.unmerge()
         raise

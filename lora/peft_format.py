@@ -1,4 +1,4 @@
-"""PEFT's adapter_config.json: which of its fields this project understands, ignores or refuses."""
+"""PEFT's adapter_config.json: which of its fields this project supports, ignores or refuses."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from lora.config import LoraConfig
 
 _OURS = {field.name for field in dataclasses.fields(LoraConfig)}
 
-# They say where an adapter comes from, or how to start or spread its training; the outputs stay.
+# They describe an adapter's origin, initialisation or parallel training, and do not change its outputs.
 _IGNORED = {
     "auto_mapping", "base_model_name_or_path", "eva_config", "fan_in_fan_out", "inference_mode",
     "loftq_config", "megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config",
     "task_type",
 }  # fmt: skip
 
-# The values with which a field changes nothing. Any other field passes with a value that is off or empty.
+# The values with which a field changes nothing. Any field not listed may have a value that is off or empty.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     "layers_to_transform": (None, []),  # 0 is the first layer
-    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # others change the base weights
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # other values change the base
 }
 _OFF: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
 
 
 def to_peft(config: LoraConfig, base: str, task_type: str | None) -> dict[str, Any]:
-    """What PEFT reads as an adapter of kind LORA on the model called `base`."""
+    """The fields of PEFT's config file for a LoRA adapter on the model called `base`."""
     fields = dataclasses.asdict(config)
     return {
         "peft_type": "LORA",
@@ -43,10 +43,10 @@ def to_peft(config: LoraConfig, base: str, task_type: str | None) -> dict[str, A
 
 
 def from_peft(fields: Mapping[str, Any]) -> LoraConfig:
-    """The config in PEFT's fields.
+    """The LoraConfig in the fields of PEFT's config file.
 
-    Raises ValueError naming the field that is not supported and would change the outputs, TypeError or
-    ValueError on a value outside its range (LoraConfig).
+    Raises ValueError if a field is not supported and would change the outputs, TypeError or ValueError if
+    a value is out of range (LoraConfig). The message names the field.
     """
     for name, value in fields.items():
         if name in _OURS or name in _IGNORED:

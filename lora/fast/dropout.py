@@ -1,9 +1,9 @@
-"""Dropout's random numbers, cheaply: which elements stay, drawn 15 bits each, and kept as one bit.
+"""Fast random bits for dropout, stored as one bit an element.
 
-On the CPU torch draws a float at a time for dropout, on one thread. Here the elements are numbered from
-a start that torch's default generator draws, and a hash of the number, vectorised and on every thread,
-gives four elements their bits: an element is dropped when its 15 are below round(p·2¹⁵), so it is dropped
-with a probability within 2⁻¹⁶ (1.5e-5) of p. On other devices torch's own kernel draws.
+On the CPU torch draws one float per element on one thread. Here the elements are numbered from a start
+that torch's default generator draws, and a vectorised, multithreaded hash of the number gives 15 bits to
+each of four elements. An element is dropped if its 15 bits are below round(p·2¹⁵), so the probability is
+within 2⁻¹⁶ (1.5e-5) of p. On other devices torch's own kernel draws.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import torch
 from torch import Tensor
 
 _SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# The finaliser of MurmurHash3 with the constants of P. Evensen's "moremur", made for numbers in a row.
+# The finaliser of MurmurHash3 with the constants of P. Evensen's "moremur", designed for consecutive numbers.
 _MIX = (0x3C79AC492BA7B653, 0x1C69B3F74AC4AE35)
 _LOW_15 = 0x7FFF7FFF7FFF7FFF
-_CHUNK = 2**17  # words of 64 bits: 1 MiB, so that a dozen passes stay in the cache
-# Eight bytes that are 0 or 1 times this number: the top byte of the product holds one bit of each.
+_CHUNK = 2**17  # 64-bit words: 1 MiB, so that a dozen passes stay in the cache
+# Multiplies eight bytes that are 0 or 1: the top byte of the product has one bit of each.
 _GATHER = 0x0102040810204080
 _BYTES = 0x0101010101010101
-_EACH_BIT = 0x8040201008040201 - 2**64  # byte i holds bit i alone, as a signed number
+_EACH_BIT = 0x8040201008040201 - 2**64  # byte i has only bit i set, as a signed integer
 _TO_TOP = 0x7F7F7F7F7F7F7F7F
 
 
 def draw_keep(shape: torch.Size, p: float, device: torch.device) -> Tensor:
-    """Which elements stay, each independent of every other.
+    """A random mask of the elements to keep, each drawn independently with probability 1 - p.
 
-    On the CPU int16, all ones (-1) where an element stays and 0 where it is dropped, to be laid over its
-    bits; on other devices bool.
+    On the CPU int16, all ones (-1) for a kept and 0 for a dropped element, for use as a bit mask. On other
+    devices bool.
     """
     if device.type != "cpu":
         return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p)
@@ -38,16 +38,15 @@ def draw_keep(shape: torch.Size, p: float, device: torch.device) -> Tensor:
         torch.arange(start + first, start + first + len(chunk), out=chunk)
         _mix(chunk)
         lanes = chunk.view(torch.int16)
-        # Negative exactly where the bits reach the threshold; the shift spreads the sign over the lane.
+        # Negative exactly where the bits reach the threshold; the shift copies the sign to all 16 bits.
         torch.sub(round(p * 2**15) - 1, lanes, out=lanes).bitwise_right_shift_(15)
     return words.view(torch.int16)[: shape.numel()].view(shape)
 
 
 def _mix(words: Tensor) -> None:
-    """Hashes int64 words in place, to four times 15 bits with a zero on top.
+    """Hashes int64 words in place to four times 15 bits, each with a zero as the top bit.
 
-    torch's shift drags the sign along, which costs one of 64 bits and no more: two numbers meet in one
-    hash as often as chance has them meet.
+    torch's shift is arithmetic, which loses one of 64 bits: collisions stay as rare as in a random hash.
     """
     shifted = torch.empty_like(words)
     for shift, factor in zip((27, 33), _MIX, strict=True):
@@ -58,16 +57,16 @@ def _mix(words: Tensor) -> None:
 
 
 def zero_dropped(x: Tensor, keep: Tensor) -> Tensor:
-    """`x` with zeros where `keep` has them, not scaled up: a caller has a product to scale anyway."""
+    """`x` with the dropped elements set to zero, unscaled: callers fold 1 / (1 - p) into a product."""
     if x.device.type != "cpu":
         return x * keep
-    # Laid over the bits of x: several times as fast as a product with a bool.
+    # A bitwise and is several times as fast as a product with a bool tensor.
     integer = _SAME_SIZE[x.element_size()]
     return (x.view(integer) & keep.to(integer)).view(x.dtype)
 
 
 def pack(keep: Tensor) -> Tensor:
-    """One bit an element, (⌈elements / 8⌉,) uint8; on other devices than the CPU `keep` as it is."""
+    """The mask as one bit an element, (⌈elements / 8⌉,) uint8. Off the CPU, `keep` itself."""
     if keep.device.type != "cpu":
         return keep
     flat = keep.reshape(-1).to(torch.int8)
@@ -78,7 +77,7 @@ def pack(keep: Tensor) -> Tensor:
 
 
 def unpack(packed: Tensor, shape: torch.Size) -> Tensor:
-    """What `pack` was given."""
+    """The inverse of `pack`."""
     if packed.device.type != "cpu":
         return packed
     lanes = packed.to(torch.int64).mul_(_BYTES).bitwise_and_(_EACH_BIT)  # byte i is 0 or 2ⁱ

@@ -1,4 +1,4 @@
-"""Walking a model's tree of modules: by name pattern, and to the adapted layers."""
+"""Walks a model's module tree: modules by name pattern, adapted layers, and which parameters train."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from lora.linear import LoRALinear
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every adapted layer by its dotted name, each once.
+    """Every adapted layer by its dotted name, a shared layer once.
 
-    Raises RuntimeError if the model has none.
+    Raises RuntimeError if there is none.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
     if not layers:
@@ -27,38 +27,46 @@ def has_adapter(model: nn.Module) -> bool:
 
 
 def lora_config(model: nn.Module) -> LoraConfig:
-    """The config that the model's adapter was injected with. Raises RuntimeError if there is none."""
+    """The config that `inject` was called with. Raises RuntimeError if the model has none."""
     config = getattr(model, "lora_config", None)
     if not isinstance(config, LoraConfig):
         if has_adapter(model):
-            raise RuntimeError("the adapter was injected into another part of this model, or into all of it")
+            raise RuntimeError("the adapter was injected into another part of this model or its parent")
         raise RuntimeError("the model has no adapter; inject one or load one first")
     return config
 
 
 def ends_with(name: str, pattern: str) -> bool:
-    """Whether `pattern` is `name` or whole trailing components of it, never part of a component."""
+    """Whether `pattern` equals `name` or whole trailing components of it."""
     return name == pattern or name.endswith(f".{pattern}")
 
 
+def modules_named(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
+    """The modules whose dotted name ends with `pattern`. A shared module comes once per name."""
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name and ends_with(name, pattern):
+            yield name, module
+
+
 def modules_once(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    """The modules of those names, in the model's order, each by the first name that leads to such a place."""
+    """The modules with these names, in the model's order, a shared module once by its first name."""
     modules = dict(model.named_modules(remove_duplicate=False))
 
-    def place(name: str) -> tuple[nn.Module, str]:
+    def slot(name: str) -> tuple[nn.Module, str]:  # where the module is an attribute
         parent, _, child = name.rpartition(".")
         return modules[parent], child
 
-    places = {place(name) for name in names}
+    slots = {slot(name) for name in names}
     found: dict[nn.Module, str] = {}
     for name, module in modules.items():
-        if name and place(name) in places:
+        if name and slot(name) in slots:
             found.setdefault(module, name)
     return {name: module for module, name in found.items()}
 
 
-def modules_named(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
-    """The modules whose dotted name ends with `pattern`, under every name that they go by."""
-    for name, module in model.named_modules(remove_duplicate=False):
-        if name and ends_with(name, pattern):
-            yield name, module
+def train_only(model: nn.Module, names: Iterable[str]) -> None:
+    """Freezes every parameter except those of modules whose dotted names end with one of `names`."""
+    model.requires_grad_(False)
+    for name in names:
+        for _, module in modules_named(model, name):
+            module.requires_grad_(True)

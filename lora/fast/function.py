@@ -1,58 +1,45 @@
-"""The autograd function behind LoRALinear: the same formula, with less kept for backward.
+"""The autograd function of FastLoRALinear: the formula of LoRALinear, with less saved for backward.
 
-    h = W·x + b + s·B·A·m(x)        s = scaling / (1 - p),  m = dropout's mask, p its probability
+    h = W·x + b + s·B·A·m(x)        s = scaling / (1 - p),  m = the dropout mask, p its probability
 
-Written plainly, autograd would keep x for A and again with the mask laid over it, a copy of W where
-autocast casts it, and the scaled products. What backward needs is less; for one row x of the batch, with
-g = ∂L/∂h, and the first two summed over its n rows:
+With ordinary ops autograd saves x, the masked x, the cast of W and the scaled products. Backward needs
+less. With g = ∂L/∂h of one row x, where the first two are sums over the n rows:
 
-    ∂L/∂B = s·g·(A·m(x))ᵀ           keeps the thin product A·m(x), (n, r)
-    ∂L/∂A = s·(Bᵀ·g)·m(x)ᵀ          keeps x, (n, in): one tensor for query, key and value
-    ∂L/∂x = Wᵀ·g + m(s·Aᵀ·Bᵀ·g)     keeps the mask, a bit an element (CUDA: a byte), and W itself, no copy
+    ∂L/∂B = s·g·(A·m(x))ᵀ           needs the thin product A·m(x), (n, r)
+    ∂L/∂A = s·(Bᵀ·g)·m(x)ᵀ          needs x, (n, in), one tensor for query, key and value
+    ∂L/∂x = Wᵀ·g + m(s·Aᵀ·Bᵀ·g)     needs the mask, one bit an element (CUDA: a byte), and W, not a copy
 
-W and b are frozen and get no gradient; ∂L/∂x is left out where nobody needs it. Everything thin is
-multiplied first (n·r numbers, not n·in), the order that is cheapest for any r below in and out
-(compare arXiv 2312.03415).
+W and b are frozen and get no gradient. ∂L/∂x is omitted if x needs none. Each product starts with the thin
+factor (n·r elements, not n·in), which is the cheapest order for any r below in and out (compare
+arXiv 2312.03415).
 """
 
 from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora.dropout import draw_keep, pack, unpack, zero_dropped
-
-_use_plain = False
+from lora.fast.dropout import draw_keep, pack, unpack, zero_dropped
 
 
-@contextmanager
-def plain_formula() -> Iterator[None]:
-    """LoRALinear computes the plain formula inside: slower, and differentiable any number of times."""
-    global _use_plain
-    before, _use_plain = _use_plain, True
-    try:
-        yield
-    finally:
-        _use_plain = before
+def is_traced() -> bool:
+    """Whether torch.compile, which fuses ordinary ops itself, or torch.func, which needs them, is active."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor) -> bool:
-    """Whether `lora_linear` covers the case; else the plain formula does.
+    """Whether `lora_linear` supports the case.
 
-    Not for a base that trains, for torch.compile (it fuses the plain formula by itself), torch.func, the
-    meta device, float64 under autocast (which leaves it alone), or a 16-bit base with float32 adapters
-    outside autocast, where the two products differ in dtype.
+    It does not support a trainable base, tracing, the meta device, float64 under autocast (which does not
+    cast it), or, without autocast, a 16-bit base with a float32 adapter.
     """
-    if _use_plain or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    if x.is_meta or weight.requires_grad or (bias is not None and bias.requires_grad):
+    if is_traced() or x.is_meta or weight.requires_grad or (bias is not None and bias.requires_grad):
         return False
     if torch.is_autocast_enabled(x.device.type):
         return x.dtype != torch.float64
@@ -68,12 +55,12 @@ def lora_linear(
     scaling: float,
     dropout: float,
 ) -> Tensor:
-    """W·x + b + scaling·B·A·dropout(x): x (..., in) -> (..., out), in autocast's dtype or else x's.
+    """W·x + b + scaling·B·A·dropout(x): x (..., in) -> (..., out), in the autocast dtype or else that of x.
 
-    weight (out, in) and bias (out,) must be frozen, in any dtype; lora_A (r, in) and lora_B (out, r) get
-    gradients in their own. dropout: the probability, 0 outside training.
+    weight (out, in) and bias (out,) must be frozen and may have any dtype. lora_A (r, in) and lora_B
+    (out, r) get gradients in their own dtype. dropout: the probability, 0 outside training.
 
-    Raises RuntimeError in a backward with create_graph=True: there is no second derivative here.
+    Raises RuntimeError in a backward with create_graph=True: there is no second derivative.
     """
     if torch.is_autocast_enabled(x.device.type):
         x = cast_shared(x, torch.get_autocast_dtype(x.device.type))
@@ -82,7 +69,7 @@ def lora_linear(
 
 
 def outside_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
-    """For a Function's backward: called inside autocast, it computes in the dtypes that forward chose."""
+    """Decorates a Function's backward, so that it computes in the dtypes of forward inside autocast too."""
 
     @functools.wraps(backward)
     def run(ctx: Any, grad: Tensor) -> Any:
@@ -99,7 +86,7 @@ class _LoRALinear(torch.autograd.Function):
         scaling: float, dropout: float,
     ) -> Tensor:  # fmt: skip
         rows = x.reshape(-1, x.shape[-1])  # (n, in)
-        h = x.new_empty(*x.shape[:-1], weight.shape[0])  # returned itself, no view: a caller may write to it
+        h = x.new_empty(*x.shape[:-1], weight.shape[0])  # not a view: callers may write to it in place
         flat = h.view(-1, h.shape[-1])  # (n, out)
         if bias is None:
             torch.mm(rows, weight.to(x.dtype).t(), out=flat)
@@ -120,9 +107,7 @@ class _LoRALinear(torch.autograd.Function):
     @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError(
-                "the fused LoRA function has no second derivative; lora.functional.plain_formula() has"
-            )
+            raise RuntimeError("FastLoRALinear has no second derivative; LoRALinear has, so do not fuse it")
         x, weight, lora_A, lora_B, thin, packed = ctx.saved_tensors
         rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])  # (n, in), (n, out)
         needs_x, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
@@ -146,10 +131,10 @@ _last_cast: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 
 
 def cast_shared(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x` in `dtype`, the same tensor again when query, key and value ask one after another.
+    """`x` in `dtype`. Query, key and value, which cast the same x in turn, share one cast.
 
-    Autocast would cast for each of them. The last cast is kept as long as its source lives, no longer.
-    Nothing is shared in inference mode, where a tensor does not tell whether it was written to.
+    The cast is cached until its source tensor is freed. In inference mode, where a tensor does not count
+    writes, nothing is cached.
     """
     global _last_cast
     if x.dtype == dtype:

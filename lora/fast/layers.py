@@ -1,0 +1,133 @@
+"""FastLinear and FastLoRALinear: nn.Linear and LoRALinear with less to compute and less memory.
+
+Autocast casts a frozen weight at every forward and keeps the cast for backward. FastLinear casts it once,
+which costs 2 bytes an element, and reuses the copy. FastLoRALinear computes the formula of LoRALinear in
+one autograd function that saves less for backward (lora/fast/function.py).
+
+The Parameters are unchanged. The copies are plain attributes, which a state dict does not contain. They are
+made again if the version, storage, device or dtype of the weight changes, as a merge does. A write through
+`weight.data` changes none of these and is not detected.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.fast.function import can_fuse, cast_shared, is_traced, lora_linear
+from lora.linear import LoRALinear
+
+
+class _Copies(NamedTuple):
+    key: Any  # identifies the contents of the sources
+    sources: tuple[Tensor, ...]  # kept alive, so that no other weight can get the same address
+    copies: tuple[Tensor, ...]
+
+
+class FastLinear(nn.Linear):
+    """nn.Linear that reads a frozen weight from a copy in `compute_dtype` under autocast to that dtype.
+
+    x (..., in) -> (..., out). Without autocast, with a trainable weight or with compute_dtype None it is
+    nn.Linear.
+    """
+
+    compute_dtype: torch.dtype | None = None
+    _copies: _Copies | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.compute_weights()
+        if weight is self.weight:
+            return super().forward(x)
+        return F.linear(cast_shared(x, weight.dtype), weight, bias)
+
+    def compute_weights(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias to multiply by: the copies where they apply, otherwise the Parameters."""
+        dtype, device = self.compute_dtype, self.weight.device.type
+        parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        if (
+            dtype is None
+            or is_traced()  # tracing sees neither versions nor addresses
+            or any(p.requires_grad or p.is_meta or p.is_inference() for p in parameters)
+            or self.weight.dtype == torch.float64  # autocast does not cast it
+            or not torch.is_autocast_enabled(device)
+            or torch.get_autocast_dtype(device) != dtype
+        ):
+            return self.weight, self.bias
+        key = tuple((p._version, p.data_ptr(), p.device, p.dtype) for p in parameters)
+        if self._copies is None or self._copies.key != key:
+            with torch.inference_mode(False):  # copies made during evaluation must serve training too
+                sources = tuple(p.detach() for p in parameters)
+                self._copies = _Copies(key, sources, tuple(source.to(dtype) for source in sources))
+        weight, *bias = self._copies.copies
+        return weight, bias[0] if bias else None
+
+    def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
+        """Sets `compute_dtype`, and drops copies in another dtype."""
+        if dtype != self.compute_dtype:
+            self.compute_dtype, self._copies = dtype, None
+
+    @property
+    def copies(self) -> tuple[Tensor, ...]:
+        """The copies that exist now. A Parameter already in the compute dtype needs none."""
+        if self._copies is None:
+            return ()
+        pairs = zip(self._copies.sources, self._copies.copies, strict=True)
+        return tuple(copy for source, copy in pairs if copy is not source)
+
+    def on_inject(self, layer: LoRALinear) -> None:
+        """Makes the layer that replaces this one fast too. Called by `inject`."""
+        fuse(layer, self.compute_dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_copies": None}  # type: ignore[no-untyped-call]
+
+
+class FastLoRALinear(LoRALinear, FastLinear):
+    """LoRALinear with a fused forward and backward: x (..., in) -> (..., out).
+
+    Values and gradients equal LoRALinear's to rounding. Dropout has the same probability but other random
+    numbers (lora/fast/dropout.py). There is no second derivative.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.merged and self.enabled:
+            weight, bias = self.compute_weights()
+            if can_fuse(x, weight, bias, self.lora_A):
+                p = self.lora_dropout if self.training else 0.0
+                return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, p)
+        return super().forward(x)
+
+    def to_linear(self) -> nn.Linear:
+        """A FastLinear with the same weight and bias Parameters, without the adapter."""
+        linear = super().to_linear()
+        fuse(linear, self.compute_dtype)
+        return linear
+
+
+_FAST_CLASSES: dict[type[nn.Module], type[FastLinear]] = {
+    nn.Linear: FastLinear,
+    LoRALinear: FastLoRALinear,
+}
+
+
+def fuse(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Turns every nn.Linear and LoRALinear of the model into its fast class, in place.
+
+    The modules stay the same objects, with their Parameters, hooks and names; only their class changes.
+    Subclasses of nn.Linear and LoRALinear are left unchanged. Layers injected later become fast too.
+
+    dtype: the autocast dtype for which to keep copies of frozen weights; None keeps none.
+    """
+    for module in model.modules():
+        if type(module) in _FAST_CLASSES:
+            module.__class__ = _FAST_CLASSES[type(module)]
+        if isinstance(module, FastLinear):
+            module.set_compute_dtype(dtype)
+
+
+def copy_bytes(model: nn.Module) -> int:
+    """The memory of all copies of frozen weights that exist now, in bytes."""
+    return sum(copy.nbytes for m in model.modules() if isinstance(m, FastLinear) for copy in m.copies)
