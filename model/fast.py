@@ -1,9 +1,9 @@
-"""Drop-in dropout and attention that train faster, and `speed_up`, which puts them in.
+"""`speed_up`: a RoBERTa that trains faster, with lora.fast and a faster dropout, attention and last layer.
 
-On the CPU torch's dropout draws a float at a time, and its fused attention is slower than the plain
-products it replaces, backward most of all (bench/NOTES.md has the figures). So here dropout's bits come
-from a vectorised hash (lora/dropout.py), and attention is written out with its backward. On CUDA both
-leave the work to torch's own kernels.
+On the CPU torch draws dropout one float at a time, and its fused attention is slower than separate matrix
+products, most of all in backward (figures in bench/NOTES.md). Here the random bits of dropout come from a
+vectorised hash (lora/fast/dropout.py), and attention has a backward of its own. On CUDA both use torch's
+own kernels.
 """
 
 from __future__ import annotations
@@ -25,37 +25,36 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.roberta.modeling_roberta import RobertaClassificationHead, RobertaLayer
 
-from lora.dropout import draw_keep, pack, unpack, zero_dropped
-from lora.frozen import FrozenLinear
-from lora.functional import outside_autocast
+from lora.fast import fuse
+from lora.fast.dropout import draw_keep, pack, unpack, zero_dropped
+from lora.fast.function import is_traced, outside_autocast
 
 ATTENTION = "lora_fast"
-_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def speed_up(model: PreTrainedModel, precision: str = "bf16") -> None:
-    """Makes the model's forward and backward faster, in place; the same call again changes nothing.
+    """Makes the model's forward and backward faster, in place. Calling it again changes nothing.
 
-    Dropout and attention are swapped for the ones here. A RobertaForSequenceClassification's last layer
-    computes in training what its head reads, the first token's row, and no other: last_hidden_state is
-    then (B, 1, D), so a head that reads more must be there before this call. With precision bf16 or
-    fp16, every frozen Linear gets a copy of its weight in that dtype, for use under autocast: 2 bytes a
-    weight (count_parameters shows them), where autocast would cast at every forward. Parameters stay as
-    they are. Outputs in eval mode stay the same to the precision at hand; in training, dropout draws
-    other random numbers with the same probabilities (lora/dropout.py).
+    Linear and LoRA layers, dropout and attention change their class or function; modules, Parameters and
+    hooks stay. Layers injected later become fast too. With precision "bf16" or "fp16", frozen Linears keep
+    a copy of their weight in that dtype for use under autocast (lora/fast/layers.py).
 
-    Raises ValueError on another precision.
+    In training, the last layer of a RobertaForSequenceClassification computes only the first token's row,
+    the one that its head reads: last_hidden_state is then (B, 1, D). Replace the head before this call if
+    the new one reads more.
+
+    Outputs in eval mode stay the same to the rounding of the precision. In training, dropout has the same
+    probabilities but other random numbers (lora/fast/dropout.py).
+
+    Raises ValueError if precision is not "fp32", "bf16" or "fp16".
     """
-    if precision not in _DTYPES:
-        raise ValueError(f"precision: {precision!r} is not one of {', '.join(_DTYPES)}")
+    if precision not in DTYPES:
+        raise ValueError(f"precision: {precision!r} is not one of {', '.join(DTYPES)}")
+    fuse(model, None if precision == "fp32" else DTYPES[precision])
     for module in model.modules():
-        # The same modules with another forward: what is shared or hooked stays so.
         if type(module) is nn.Dropout:
             module.__class__ = FastDropout
-        elif type(module) is nn.Linear and not module.weight.requires_grad:
-            module.__class__ = FrozenLinear
-        if isinstance(module, FrozenLinear):
-            module.compute_in(_DTYPES[precision])
     model.set_attn_implementation(ATTENTION)
     head = getattr(model, "classifier", None)
     if type(model) is RobertaForSequenceClassification and type(head) is RobertaClassificationHead:
@@ -65,10 +64,10 @@ def speed_up(model: PreTrainedModel, precision: str = "bf16") -> None:
 
 
 class FirstTokenLayer(RobertaLayer):  # type: ignore[misc]
-    """RobertaForSequenceClassification's last layer in training: the head reads the first token's row alone.
+    """RobertaLayer that in training computes only the first token's row, the one that the head reads.
 
-    So query, attention and feed-forward are computed for that row, and key and value for all:
-    hidden_states (B, L, D) -> (B, 1, D). In eval mode, or with another attention than the one here, it is
+    Query, attention and feed-forward are computed for that row, key and value for all rows:
+    hidden_states (B, L, D) -> (B, 1, D). In eval mode, or with another attention implementation, it is
     RobertaLayer: (B, L, D) -> (B, L, D).
     """
 
@@ -99,12 +98,12 @@ class FirstTokenLayer(RobertaLayer):  # type: ignore[misc]
 
 
 class FastDropout(nn.Dropout):
-    """nn.Dropout with cheap random bits on the CPU; the same x at p = 0 and in eval mode."""
+    """nn.Dropout with faster random bits on the CPU. Returns x itself for p = 0 and in eval mode."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        if x.device.type != "cpu" or self.p == 1 or _traced():
+        if x.device.type != "cpu" or self.p == 1 or is_traced():
             return super().forward(x)
         out: Tensor = _Dropout.apply(x, self.p)  # type: ignore[no-untyped-call]
         return out
@@ -135,14 +134,15 @@ def fast_attention(
     scaling: float | None = None,
     **rest: Any,
 ) -> tuple[Tensor, None]:
-    """Attention in transformers' own interface: query (B, H, M, d), key, value (B, H, L, d) -> (B, M, H, d).
+    """Attention with transformers' interface: query (B, H, M, d), key, value (B, H, L, d) -> (B, M, H, d).
 
-    attention_mask: True where a key is attended, broadcast to (B, H, M, L), or None. On other devices, and
-    where there is more to it (causal without a mask, an additive mask or bias, heads that share keys, mixed
-    dtypes), torch's own attention. A row whose keys are all masked attends to all alike; torch's gives 0.
+    attention_mask: True for attended keys, broadcast to (B, H, M, L), or None. Torch's own attention is
+    used on other devices and for everything else: causal attention without a mask, an additive mask or
+    bias, heads that share keys, mixed dtypes. A row whose keys are all masked attends to all keys equally;
+    torch's gives 0.
     """
-    plain = dropout < 1 and _is_plain(module, query, key, value, attention_mask, rest)
-    if query.device.type != "cpu" or _traced() or not plain:
+    supported = dropout < 1 and _is_supported(module, query, key, value, attention_mask, rest)
+    if query.device.type != "cpu" or is_traced() or not supported:
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **rest
         )
@@ -150,17 +150,17 @@ def fast_attention(
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     bias = None
     if attention_mask is not None:
-        # Half of the lowest number: what is added to a score still cannot overflow.
+        # Half of the lowest number, so that adding it to a score cannot overflow.
         lowest = torch.finfo(query.dtype).min / 2
         bias = torch.zeros(attention_mask.shape, dtype=query.dtype).masked_fill_(~attention_mask, lowest)
     out: Tensor = _Attention.apply(query, key, value, bias, scaling, dropout)  # type: ignore[no-untyped-call]
     return out.transpose(1, 2), None
 
 
-def _is_plain(
+def _is_supported(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rest: Mapping[str, Any]
 ) -> bool:
-    """Whether softmax(s·Q·Kᵀ + mask)·V in one dtype, under autocast its own, is all there is to it."""
+    """Whether the result is softmax(s·Q·Kᵀ + mask)·V in one dtype, under autocast the autocast dtype."""
     autocast = torch.is_autocast_enabled("cpu")
     computed = torch.get_autocast_dtype("cpu") if autocast else query.dtype
     if not query.dtype == key.dtype == value.dtype == computed or rest.get("position_bias") is not None:
@@ -174,14 +174,14 @@ def _is_plain(
 
 
 class _Attention(torch.autograd.Function):
-    """O = D(P)·V / (1 - p), P = softmax(s·Q·Kᵀ + bias), D dropout's mask (arXiv 1706.03762, equation 1)."""
+    """O = D(P)·V / (1 - p), P = softmax(s·Q·Kᵀ + bias), D the dropout mask (arXiv 1706.03762, eq. 1)."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scaling: float, p: float
     ) -> Tensor:
         ctx.scaling, ctx.p = scaling, p
-        # Copied head by head here, once for both directions.
+        # Made contiguous here once, for forward and backward.
         scaled_q, heads_k, heads_v = _heads(q, scaling), _heads(k), _heads(v)  # (B·H, M or L, d)
         scores = torch.bmm(scaled_q, heads_k.transpose(1, 2))  # (B·H, M, L)
         if bias is not None:
@@ -193,7 +193,7 @@ class _Attention(torch.autograd.Function):
             packed = pack(keep)
             dropped = zero_dropped(probabilities, keep)
         ctx.save_for_backward(scaled_q, heads_k, heads_v, probabilities, packed)
-        out = q.new_empty(q.shape)  # returned itself, no view: a caller may write to it
+        out = q.new_empty(q.shape)  # not a view: callers may write to it in place
         torch.bmm(dropped, heads_v, out=out.view(-1, *q.shape[2:]))
         return out.mul_(1 / (1 - p)) if p else out
 
@@ -209,7 +209,7 @@ class _Attention(torch.autograd.Function):
             keep = unpack(packed, probabilities.shape)
             dropped = zero_dropped(probabilities, keep)
             score_grad = zero_dropped(score_grad, keep)
-        # In the first layer of a frozen model what LoRA does not adapt needs none.
+        # In the first layer of a frozen model, projections without an adapter need no gradient.
         needs_q, needs_k, needs_v, *_ = ctx.needs_input_grad
         q_grad = k_grad = v_grad = None
         if needs_v:
@@ -225,12 +225,12 @@ class _Attention(torch.autograd.Function):
 def _softmax(scores: Tensor) -> Tensor:
     if scores.element_size() > 2 or scores.shape[-1] % 32 == 0:
         return scores.softmax(-1)
-    # torch's 16-bit softmax takes three times as long where a row is not whole vectors of 32.
+    # torch's 16-bit softmax takes three times as long if the row length is not a multiple of 32.
     return scores.float().softmax(-1).to(scores.dtype)
 
 
 def _heads(x: Tensor, factor: float = 1.0) -> Tensor:
-    """factor·x, (B, H, L, d) -> (B·H, L, d), contiguous: one pass over memory for both."""
+    """factor·x as (B·H, L, d), contiguous, in one pass over memory: x is (B, H, L, d)."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if factor == 1:
         out.copy_(x)
@@ -242,20 +242,15 @@ def _heads(x: Tensor, factor: float = 1.0) -> Tensor:
 def _mask(
     *sizes: int, attention_mask: Tensor | None = None, allow_is_bidirectional_skip: bool = False, **rest: Any
 ) -> Tensor | None:
-    """The mask that transformers makes for torch's attention, None where nothing is masked.
+    """The mask that transformers makes for torch's attention, or None if nothing is masked.
 
-    Whether that is so is looked up on the CPU alone: with an accelerator each forward would wait for it.
+    The values are only inspected on the CPU. On an accelerator that would make each forward wait for it.
     """
     may_skip = allow_is_bidirectional_skip and (attention_mask is None or attention_mask.device.type == "cpu")
     mask: Tensor | None = sdpa_mask(
         *sizes, attention_mask=attention_mask, allow_is_bidirectional_skip=may_skip, **rest
     )
     return mask
-
-
-def _traced() -> bool:
-    """Inside torch.compile, which fuses the plain operations by itself, or torch.func, which needs them."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 AttentionInterface.register(ATTENTION, fast_attention)

@@ -1,6 +1,7 @@
-"""The house: imports go one way, lora <- model <- train <- bench, and lora could be copied out."""
+"""The layout: imports go one way, and the textbook is short and knows nothing of what makes it faster."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -9,36 +10,82 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FLOORS = ("lora", "model", "train", "bench")
 FILES = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
+FAST = ROOT / "lora" / "fast"
 
 
-def imported(path: Path) -> set[str]:
-    """Top-level names of everything that a file imports, inside functions too."""
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(path: Path) -> set[str]:
+    """The dotted names of everything that a file imports, also inside functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names.add((node.module or "").split(".")[0])
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def packages(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+def closure(*starts: Path) -> set[Path]:
+    """The files of the repository that these files import, directly or not, and the files themselves."""
+    found: set[Path] = set()
+    waiting = list(starts)
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            names = [name.replace(".", "/") for name in imports(path)]
+            modules = [ROOT / f"{name}{end}" for name in names for end in (".py", "/__init__.py")]
+            waiting += [module for module in modules if module.is_file()]
+    return found
+
+
+TEXTBOOK = sorted(closure(ROOT / "lora" / "linear.py", ROOT / "lora" / "inject.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
 def test_imports_go_one_way(path):
-    floor = FLOORS.index(path.relative_to(ROOT).parts[0])
-    assert not imported(path) & set(FLOORS[floor + 1 :])
+    floor = FLOORS.index(relative(path).split("/")[0])
+    assert not packages(path) & set(FLOORS[floor + 1 :])
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "lora").rglob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted((ROOT / "lora").rglob("*.py")), ids=relative)
 def test_lora_needs_torch_and_safetensors_alone(path):
-    assert imported(path) <= {"lora", "torch", "safetensors", *sys.stdlib_module_names}
+    assert packages(path) <= {"lora", "torch", "safetensors", *sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", FILES, ids=relative)
 def test_nothing_is_pickled_and_peft_stays_outside(path):
-    assert not imported(path) & {"pickle", "dill", "joblib"}
-    if path.relative_to(ROOT).parts[0] != "bench":
-        assert "peft" not in imported(path)
+    assert not packages(path) & {"pickle", "dill", "joblib"}
+    if relative(path).split("/")[0] != "bench":
+        assert "peft" not in packages(path)
     assert not {"torch.save", "torch.load"} & {
         ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)
     }
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "lora").glob("*.py")), ids=relative)
+def test_the_reference_never_imports_what_makes_it_faster(path):
+    assert not {name for name in imports(path) if name.startswith(("lora.fast", "lora.variants"))}
+
+
+def test_the_textbook_is_short():
+    """Whoever reads how LoRA works from linear.py and inject.py reads at most this much."""
+    assert len(TEXTBOOK) <= 8
+    assert sum(len(path.read_text().splitlines()) for path in TEXTBOOK) <= 750
+    assert not any(FAST in path.parents for path in TEXTBOOK)
+
+
+@pytest.mark.parametrize("path", TEXTBOOK, ids=relative)
+def test_the_textbook_knows_nothing_of_autocast_copies_fusion_or_tracing(path):
+    words = (
+        r"autocast|compute_dtype|compute_weights|\bfused\b|\bfuse\b|torch\.compile|compiler|functorch|_traced"
+    )
+    assert not re.findall(words, path.read_text())

@@ -14,7 +14,7 @@ from conftest import randomise_adapter, tiny_roberta
 from torch import nn
 
 from lora import LoRALinear, inject, load_adapter, merge, merged, save_adapter, unmerge
-from lora.tree import lora_layers
+from lora.modules import lora_layers
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 U64 = Fraction(1, 2**53)
@@ -103,7 +103,7 @@ def test_cycles_give_back_every_bit(dtype, cycles):
         layer.merge()
         layer.unmerge()
     assert torch.equal(layer.weight.detach().view(torch.uint8), before)
-    assert layer._kept is None
+    assert layer._unmerged_weight is None
 
 
 def test_a_peers_way_drifts_where_this_one_does_not():
@@ -255,13 +255,13 @@ def test_a_copy_of_a_merged_model_computes_the_same_and_unmerges_by_itself(adapt
 def test_the_kept_weight_is_no_alias_and_goes_with_the_merge(adapted):
     merge(adapted)
     for layer in lora_layers(adapted).values():
-        assert layer._kept.untyped_storage().data_ptr() != layer.weight.untyped_storage().data_ptr()
-        kept = layer._kept.clone()
+        assert layer._unmerged_weight.untyped_storage().data_ptr() != layer.weight.untyped_storage().data_ptr()
+        kept = layer._unmerged_weight.clone()
         with torch.no_grad():
             layer.weight.add_(1)
-        assert torch.equal(layer._kept, kept)
+        assert torch.equal(layer._unmerged_weight, kept)
     unmerge(adapted)
-    assert all(layer._kept is None for layer in lora_layers(adapted).values())
+    assert all(layer._unmerged_weight is None for layer in lora_layers(adapted).values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -272,9 +272,9 @@ def test_moving_a_merged_model_to_another_dtype_merges_anew_from_the_base(adapte
     adapted.to(dtype)
     for (_, layer), (_, wanted) in zip(lora_layers(adapted).items(), lora_layers(moved).items(), strict=True):
         assert layer.merged
-        assert layer.weight.dtype == layer._kept.dtype == dtype
+        assert layer.weight.dtype == layer._unmerged_weight.dtype == dtype
         assert torch.equal(layer.weight, wanted.weight)
-        assert torch.equal(layer._kept, wanted._kept)
+        assert torch.equal(layer._unmerged_weight, wanted._unmerged_weight)
 
 
 def test_an_adapter_trained_while_another_copy_was_merged_loads_where_it_belongs(

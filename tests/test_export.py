@@ -13,7 +13,7 @@ from lora import merge
 from train import export
 from train.config import Recipe
 from train.job import run_job
-from train.runs import load_trained
+from train.trained import load_trained
 
 TEXTS = ["the striker scored twice", "shares fell as rates rose, " * 20]
 

@@ -1,4 +1,4 @@
-"""The fast parts beside their plain twins: the same values, the same gradients, less kept."""
+"""The fast layers against their reference classes: the same values and gradients, less memory."""
 
 import copy
 import math
@@ -16,11 +16,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import RobertaForTokenClassification
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from lora import LoRALinear, count_parameters, eject, inject, merge, unmerge
-from lora.dropout import _LOW_15, _mix, draw_keep, pack, unpack, zero_dropped
-from lora.frozen import FrozenLinear
-from lora.functional import cast_shared, lora_linear, plain_formula
-from lora.tree import lora_layers
+from lora import LoRALinear, eject, inject, merge, unmerge
+from lora.fast import FastLinear, FastLoRALinear, copy_bytes, fuse
+from lora.fast.dropout import _LOW_15, _mix, draw_keep, pack, unpack, zero_dropped
+from lora.fast.function import cast_shared, lora_linear
+from lora.modules import lora_layers
 from model import speed_up
 from model.fast import FastDropout, fast_attention
 
@@ -31,10 +31,19 @@ FALSE_ALARM_SIGMAS = 5
 
 def make_layer(dtype=torch.float32, in_features=12, out_features=20, r=3, p=0.0, bias=True) -> LoRALinear:
     torch.manual_seed(0)
-    linear = nn.Linear(in_features, out_features, bias=bias).to(dtype).requires_grad_(False)
+    linear = nn.Linear(in_features, out_features, bias=bias).to(dtype)
     layer = LoRALinear(linear, r=r, lora_alpha=2 * r, lora_dropout=p)
     nn.init.normal_(layer.lora_B)
+    fuse(layer)
+    assert type(layer) is FastLoRALinear
     return layer
+
+
+def reference(layer: FastLoRALinear) -> LoRALinear:
+    """The same layer, computed by the formula."""
+    copied = copy.deepcopy(layer)
+    copied.__class__ = LoRALinear
+    return copied
 
 
 # --- the fused LoRA function -------------------------------------------------------------------------
@@ -55,32 +64,26 @@ def test_gradcheck_in_float64(p, bias):
 
 @pytest.mark.parametrize("shape", [(12,), (7, 12), (2, 5, 12), (2, 3, 2, 12), (0, 12), (3, 0, 12)])
 @pytest.mark.parametrize(("out_features", "r"), [(20, 3), (1, 1), (12, 40)])
-def test_values_and_gradients_are_the_plain_formulas(shape, out_features, r):
-    layer = make_layer(out_features=out_features, r=r)
+def test_values_and_gradients_are_those_of_the_formula(shape, out_features, r):
+    fast = make_layer(out_features=out_features, r=r)
     results = []
-    for plain in (False, True):
+    for layer in (fast, reference(fast)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(2), requires_grad=True)
-        if plain:
-            with plain_formula():
-                h = layer(x)
-        else:
-            h = layer(x)
+        h = layer(x)
         h.square().sum().backward()
-        results.append((h.detach(), x.grad, layer.lora_A.grad.clone(), layer.lora_B.grad.clone()))
-        layer.zero_grad()
+        results.append((h.detach(), x.grad, layer.lora_A.grad, layer.lora_B.grad))
     for fused, plain in zip(*results, strict=True):
         assert fused.shape == plain.shape
         # float32: sums of at most 40 terms, 2⁻²⁴ each, on values of order 10 to 1,000
         torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-3)
 
 
-def test_forward_takes_the_fused_way_and_the_plain_way_on_request():
+def test_forward_is_fused_in_the_fast_class_and_only_for_a_frozen_base():
     layer = make_layer()
     x = torch.randn(3, 12)
     assert "_LoRALinear" in layer(x).grad_fn.name()
-    with plain_formula():
-        assert "_LoRALinear" not in layer(x).grad_fn.name()
-    layer.weight.requires_grad_(True)  # a base that trains needs a gradient the fused one does not give
+    assert "_LoRALinear" not in reference(layer)(x).grad_fn.name()
+    layer.weight.requires_grad_(True)  # a trainable base needs a gradient that the fused function omits
     layer(x).sum().backward()
     assert layer.weight.grad is not None
 
@@ -158,17 +161,16 @@ def test_the_input_gets_no_gradient_where_nobody_needs_one():
     assert layer.weight.grad is None
 
 
-def test_a_second_derivative_is_an_error_that_names_the_plain_formula():
+def test_a_second_derivative_is_an_error_that_names_the_class_that_has_one():
     layer = make_layer()
     x = torch.randn(3, 12, requires_grad=True)
-    with pytest.raises(RuntimeError, match="plain_formula"):
+    with pytest.raises(RuntimeError, match="LoRALinear has"):
         torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with plain_formula():
-        (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-        torch.autograd.grad(grad.sum(), x)
+    (grad,) = torch.autograd.grad(reference(layer)(x).square().sum(), x, create_graph=True)
+    torch.autograd.grad(grad.sum(), x)
 
 
-def test_torch_func_and_torch_compile_take_the_plain_formula():
+def test_torch_func_and_torch_compile_use_the_formula():
     layer = make_layer()
     x = torch.randn(3, 12)
     parameters = dict(layer.named_parameters())
@@ -231,7 +233,9 @@ def test_dropped_elements_are_zero_and_the_others_untouched(dtype):
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.25, 0.5, 0.9])
 def test_the_keep_rate_is_the_asked_one(p, monkeypatch):
     with monkeypatch.context() as patched:  # each of the 2¹⁵ values that an element's bits may have, once
-        patched.setattr("lora.dropout._mix", lambda words: words.view(torch.int16).copy_(torch.arange(2**15)))
+        patched.setattr(
+            "lora.fast.dropout._mix", lambda words: words.view(torch.int16).copy_(torch.arange(2**15))
+        )
         kept = int((draw_keep(torch.Size([2**15]), p, CPU) != 0).sum())
     assert abs(kept / 2**15 - (1 - p)) <= 2**-16 < 1e-4
     torch.manual_seed(0)
@@ -567,18 +571,38 @@ def test_speed_up_refuses_another_precision(model):
         speed_up(model, "int8")
 
 
-def test_what_trains_is_left_to_autocast(model):
+def test_trainable_weights_are_left_to_autocast(model, input_ids):
+    reference_model = copy.deepcopy(model)
     speed_up(model, "bf16")
-    assert not any(isinstance(module, FrozenLinear) for module in model.modules())
+    reference_model.set_attn_implementation(model.config._attn_implementation)
+    logits = [_logits(each, input_ids) for each in (model, reference_model)]
+    assert torch.equal(*logits)
+    assert not any(module.copies for module in model.modules() if isinstance(module, FastLinear))
 
 
-def test_an_adapter_can_be_injected_after_speed_up(config, model, input_ids):
-    model.requires_grad_(False)
-    speed_up(model, "bf16")
-    inject(model, config)
-    assert {layer.compute_dtype for layer in lora_layers(model).values()} == {torch.bfloat16}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        model(input_ids).logits.float().sum().backward()
+@pytest.mark.parametrize("frozen", [True, False])
+def test_injecting_after_speed_up_ends_in_the_same_state_as_before_it(config, input_ids, frozen):
+    after, before = tiny_roberta(), tiny_roberta()
+    after.requires_grad_(not frozen)
+    speed_up(after, "bf16")
+    inject(after, config)
+    inject(before, config)
+    speed_up(before, "bf16")
+    for (name, mine), (_, other) in zip(after.named_modules(), before.named_modules(), strict=True):
+        assert type(mine) is type(other), name
+        assert getattr(mine, "compute_dtype", None) == getattr(other, "compute_dtype", None), name
+    assert {type(layer) for layer in lora_layers(after).values()} == {FastLoRALinear}
+    gradients = []
+    for model in (after, before):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            model.train()(input_ids).logits.float().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradient, gradients[1][name]) for name, gradient in gradients[0].items())
+    eject(after)
+    assert not any(isinstance(module, LoRALinear) for module in after.modules())
+    assert {type(m) for m in after.modules() if isinstance(m, nn.Linear)} == {FastLinear}
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -637,8 +661,8 @@ def test_copies_made_in_inference_mode_serve_training(config, input_ids):
 
 def test_copies_are_made_anew_for_another_weight_even_at_the_same_address():
     """Without a hold on what was copied, the next weight comes to lie where it was."""
-    layer = FrozenLinear(nn.Linear(64, 64, bias=False).requires_grad_(False))
-    layer.compute_in(torch.bfloat16)
+    layer = nn.Linear(64, 64, bias=False).requires_grad_(False)
+    fuse(layer, torch.bfloat16)
     weight = layer.weight.detach().clone()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for factor in range(1, 9):
@@ -649,24 +673,24 @@ def test_copies_are_made_anew_for_another_weight_even_at_the_same_address():
 
 def test_weights_made_in_inference_mode_have_no_copies_and_work():
     with torch.inference_mode():
-        layer = FrozenLinear(nn.Linear(4, 4).requires_grad_(False))
-    layer.compute_in(torch.bfloat16)
+        layer = nn.Linear(4, 4).requires_grad_(False)
+    fuse(layer, torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.inference_mode():
         assert layer(torch.randn(2, 4)).dtype == torch.bfloat16
     assert not layer.copies
 
 
 def test_a_weight_in_the_compute_dtype_needs_no_copy():
-    layer = FrozenLinear(nn.Linear(4, 4).bfloat16().requires_grad_(False))
-    layer.compute_in(torch.bfloat16)
+    layer = nn.Linear(4, 4).bfloat16().requires_grad_(False)
+    fuse(layer, torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(torch.randn(2, 4))
-    assert layer.copy_bytes() == 0
+    assert copy_bytes(layer) == 0
 
 
 def test_a_float64_weight_has_no_copy_for_autocast_leaves_it_alone():
-    layer = FrozenLinear(nn.Linear(4, 4).double().requires_grad_(False))
-    layer.compute_in(torch.bfloat16)
+    layer = nn.Linear(4, 4).double().requires_grad_(False)
+    fuse(layer, torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
 
@@ -683,27 +707,26 @@ def test_what_is_shared_or_hooked_stays_so():
     speed_up(model)
     assert layers[1].intermediate.dense is layers[0].intermediate.dense
     model(torch.zeros(1, 4, dtype=torch.int64))
-    assert calls == [FrozenLinear, FastDropout, FrozenLinear]
+    assert calls == [FastLinear, FastDropout, FastLinear]
 
 
 def test_copies_in_another_precision_are_given_back(config, input_ids):
     _, fast = adapted(config)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         fast(input_ids)
-    assert sum(len(module.copies) for module in fast.modules() if isinstance(module, FrozenLinear))
+    assert sum(len(module.copies) for module in fast.modules() if isinstance(module, FastLinear))
     speed_up(fast, "fp32")
-    assert not any(module.copies for module in fast.modules() if isinstance(module, FrozenLinear))
+    assert not any(module.copies for module in fast.modules() if isinstance(module, FastLinear))
 
 
-def test_the_ledger_shows_what_copies_cost(config, input_ids):
+def test_copy_bytes_is_the_memory_of_the_copies(config, input_ids):
     _, fast = adapted(config)
-    assert count_parameters(fast).copy_bytes == 0
+    assert copy_bytes(fast) == 0
     _logits(fast, input_ids)
     # 12 frozen linears: 8 of 32x32, 2 of 32x64, 2 of 64x32, with their biases, at 2 bytes
     expected = 2 * (8 * (32 * 32 + 32) + 2 * (32 * 64 + 64) + 2 * (64 * 32 + 32))
-    assert count_parameters(fast).copy_bytes == expected
-    assert "compute dtype" in str(count_parameters(fast))
-    assert count_parameters(copy.deepcopy(fast)).copy_bytes == 0
+    assert copy_bytes(fast) == expected
+    assert copy_bytes(copy.deepcopy(fast)) == 0
 
 
 def test_a_shared_cast_is_made_anew_when_the_tensor_changed_or_gradients_came_on():

@@ -273,7 +273,7 @@ def test_metadata_comes_back_as_json_has_it(adapted, tmp_path):
 def test_another_tools_metadata_is_an_error_that_says_so(folder):
     tensors = safetensors.torch.load_file(folder / TENSOR_FILE)
     safetensors.torch.save_file(tensors, folder / TENSOR_FILE, {"lora": "true"})
-    with pytest.raises(AdapterError, match="no JSON object"):
+    with pytest.raises(AdapterError, match="not a JSON object"):
         read_adapter(folder)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lora import LoraConfig, LoRALinear, eject, inject
-from lora.tree import lora_layers
+from lora.modules import lora_layers
 
 LAYER = "roberta.encoder.layer"
 
@@ -171,7 +171,7 @@ def test_what_was_injected_into_a_part_is_ejected_from_that_part(model, config):
 
 def test_a_pruned_linear_is_refused(model, config):
     prune.random_unstructured(model.roberta.encoder.layer[0].attention.self.query, "weight", 0.5)
-    with pytest.raises(TypeError, match=r"query.*no Parameter"):
+    with pytest.raises(TypeError, match=r"query.*not a Parameter"):
         inject(model, config)
 
 

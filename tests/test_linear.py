@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
+from conftest import randomise_adapter, tiny_roberta
 from torch import nn
 
-from lora import LoRALinear
+from lora import LoraConfig, LoRALinear, inject
+from lora.modules import lora_layers
 
 
 def make_layer(dtype: torch.dtype = torch.float32, **settings: object) -> LoRALinear:
@@ -110,3 +113,45 @@ def test_an_alpha_that_is_none_is_refused_by_name(alpha):
 def test_a_dropout_that_is_none_is_refused_by_name(p):
     with pytest.raises((TypeError, ValueError), match="^lora_dropout: "):
         LoRALinear(nn.Linear(8, 4), r=2, lora_alpha=2, lora_dropout=p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_an_injected_model_executes_the_printed_formula(dtype, autocast):
+    """Bit for bit, with dropout under a fixed seed, in every adapted layer of a model in training mode."""
+    model = tiny_roberta().to(dtype)
+    inject(model, LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3, modules_to_save=("classifier",)))
+    randomise_adapter(model)
+    compared = []
+
+    def compare(layer, inputs, h):
+        torch.set_rng_state(states.pop())
+        (x,) = inputs
+        wanted = F.linear(x, layer.weight, layer.bias)
+        x = F.dropout(x.to(layer.lora_A.dtype), layer.lora_dropout, layer.training)
+        wanted = (wanted + layer.scaling * F.linear(F.linear(x, layer.lora_A), layer.lora_B)).to(wanted.dtype)
+        compared.append(torch.equal(h, wanted))
+
+    states = []
+    for layer in lora_layers(model).values():
+        layer.register_forward_pre_hook(lambda *_: states.append(torch.get_rng_state()))
+        layer.register_forward_hook(compare)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        model.train()(torch.arange(3, 33).reshape(3, 10))
+    assert compared == [True] * 4
+
+
+def test_a_layer_made_by_itself_freezes_the_base():
+    linear = nn.Linear(8, 4)
+    layer = LoRALinear(linear, r=2, lora_alpha=2)
+    trained = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
+    assert trained == {"lora_A", "lora_B"}
+    assert not linear.weight.requires_grad
+
+
+def test_print_shows_the_adapter_and_its_state():
+    layer = LoRALinear(nn.Linear(8, 4), r=2, lora_alpha=16, lora_dropout=0.1)
+    shown = "in_features=8, out_features=4, bias=True, r=2, lora_alpha=16, lora_dropout=0.1"
+    assert str(layer) == f"LoRALinear({shown}, merged=False, enabled=True)"
+    layer.merge()
+    assert "merged=True" in str(layer)

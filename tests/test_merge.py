@@ -8,7 +8,7 @@ from conftest import randomise_adapter
 from torch import nn
 
 from lora import LoRALinear, disabled, eject, inject, merge, merged, unmerge
-from lora.tree import lora_layers
+from lora.modules import lora_layers
 
 
 @pytest.fixture
@@ -83,19 +83,19 @@ def test_a_layer_that_cannot_be_merged_leaves_every_weight_as_it_was(adapted):
 def test_an_exception_half_way_leaves_every_weight_as_it_was(adapted, monkeypatch, moment):
     before = weights(adapted)
     third = list(lora_layers(adapted).values())[2]
-    write = LoRALinear.replace_weight
+    write = LoRALinear._replace_weight
 
     def interrupted(layer: LoRALinear, merged_weight: torch.Tensor) -> None:
         if layer is third:
             if moment == "during":
-                layer._kept = layer.weight.detach().clone()
+                layer._unmerged_weight = layer.weight.detach().clone()
                 layer.weight[:1] = merged_weight[:1]
             if moment == "after":
                 write(layer, merged_weight)
             raise KeyboardInterrupt
         write(layer, merged_weight)
 
-    monkeypatch.setattr(LoRALinear, "replace_weight", interrupted)
+    monkeypatch.setattr(LoRALinear, "_replace_weight", interrupted)
     with pytest.raises(KeyboardInterrupt), torch.no_grad():
         merge(adapted)
     assert same_bits(weights(adapted), before)
@@ -166,9 +166,23 @@ def test_training_while_merged_is_an_error(adapted, input_ids):
     adapted.eval()
     with pytest.raises(RuntimeError, match="backward while merged"):
         adapted(input_ids).logits.sum().backward()
-    for layer in lora_layers(adapted).values():  # a gradient of the input alone is fine
-        layer.lora_A.requires_grad_(False)
-    adapted(input_ids).logits.sum().backward()
+    for name in ("lora_A", "lora_B"):  # each trained tensor would miss its gradient
+        with pytest.raises(RuntimeError, match="backward while merged"):
+            adapted(input_ids).logits.sum().backward()
+        for layer in lora_layers(adapted).values():
+            getattr(layer, name).requires_grad_(False)
+    adapted(input_ids).logits.sum().backward()  # only the input's gradient is needed
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_the_base_weight_is_frozen_while_it_is_merged(adapted, trainable):
+    """Unmerging would undo what training did to the merged weight."""
+    for layer in lora_layers(adapted).values():
+        layer.weight.requires_grad_(trainable)
+    merge(adapted)
+    assert not any(layer.weight.requires_grad for layer in lora_layers(adapted).values())
+    unmerge(adapted)
+    assert all(layer.weight.requires_grad == trainable for layer in lora_layers(adapted).values())
 
 
 @pytest.mark.parametrize("change", [lambda p: p.add_(1), lambda p: p.data.mul_(2)])
@@ -190,7 +204,7 @@ def test_ejecting_with_merge_leaves_plain_linears_that_compute_the_same(adapted,
     eject(adapted, merge=True)
     for name, module in adapted.named_modules():
         assert not isinstance(module, LoRALinear), name
-        assert not any("lora" in key or "kept" in key for key in vars(module)), name
+        assert not any("lora" in key or "unmerged" in key for key in vars(module)), name
         assert not module._forward_hooks
     assert not any("lora" in key for key in adapted.state_dict())
     assert torch.equal(adapted(input_ids).logits, reference(input_ids).logits)

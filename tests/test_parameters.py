@@ -5,8 +5,8 @@ import dataclasses
 import torch
 
 from lora import count_parameters, eject, inject, save_adapter
-from lora.parameters import train_only
-from lora.tree import lora_layers
+from lora.modules import train_only
+from lora.modules import lora_layers
 from model import load_base
 from train.config import load_recipe
 

@@ -10,8 +10,7 @@ from conftest import content, randomise_adapter
 
 from lora import inject
 from lora.anatomy import effective_rank
-from lora.functional import plain_formula
-from lora.tree import lora_layers
+from lora.modules import lora_layers
 from model import load_base
 from train.batches import collate, encode
 from train.data import load_news
@@ -93,8 +92,7 @@ def test_gradients_are_the_mean_losss_unscaled_and_before_clipping(
     randomise_adapter(model)
     rows, validation = (encode(split, tokenizer, 16) for split in (news.train, news.validation))
     batch = collate(rows, torch.arange(27).numpy(), tokenizer.pad_token_id)
-    with plain_formula():
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     F.cross_entropy(logits, batch.labels, label_smoothing=recipe.label_smoothing).backward()
     wanted = [
         (float(layer.lora_A.grad.norm()), float(layer.lora_B.grad.norm()))

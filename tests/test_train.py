@@ -14,8 +14,9 @@ import torch
 from conftest import content
 
 from lora import inject, read_adapter
-from lora.files import CONFIG_FILE, TENSOR_FILE, digest
-from lora.parameters import train_only
+from lora.files import CONFIG_FILE, TENSOR_FILE
+from lora.storage import digest
+from lora.modules import train_only
 from model import HEAD, load_base
 from train import evaluate, predict, runs
 from train.batches import encode
@@ -23,10 +24,12 @@ from train.checkpoint import CheckpointError, list_checkpoints
 from train.cli import main
 from train.config import Recipe
 from train.data import load_news
-from train.job import InterruptedRunError, run_job
+from train.job import run_job
 from train.loop import Trainer, TrainingError
 from train.metrics import Scores
-from train.runs import RunError, load_trained
+from train.runs import RunError
+from train.signals import InterruptedRunError
+from train.trained import load_trained, save_trained
 
 
 @pytest.fixture(scope="session")
@@ -151,8 +154,8 @@ def test_resuming_says_what_does_not_fit(run, recipe, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("metrics.jsonl", lambda path: path.unlink(), "they are not all there"),
-        ("metrics.jsonl", lambda path: path.write_text('{"cut\n'), "they are not all there"),
+        ("metrics.jsonl", lambda path: path.unlink(), "some are missing"),
+        ("metrics.jsonl", lambda path: path.write_text('{"cut\n'), "some are missing"),
         ("config.toml", lambda path: path.write_text("epochs = "), "config.toml"),
         ("config.toml", lambda path: path.unlink(), "no config.toml"),
         ("checkpoint/00000021.safetensors", lambda path: path.write_bytes(b""), "damaged"),
@@ -361,28 +364,6 @@ def test_checkpointed_gradients_train_the_same_adapter(run, recipe, tmp_path):
     assert weights[0] == weights[1]
 
 
-def test_a_compiled_run_learns_the_same_over_fewer_lengths(recipe, tmp_path, monkeypatch):
-    # Without inductor, which wants a C++ compiler; without dropout, whose masks compiling draws otherwise.
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    monkeypatch.setattr("train.loop._COMPILED_LENGTHS", 2)  # more lengths than torch compiles by itself
-    losses, summaries = [], []
-    for compiled in (False, True):
-        same = dataclasses.replace(
-            recipe,
-            compile=compiled,
-            base_dropout=0,
-            lora_dropout=0,
-            epochs=1,
-            max_length_tokens=40,
-        )
-        summaries.append(run_job("tiny", same, tmp_path / str(compiled)).summary)
-        lines = map(json.loads, (tmp_path / str(compiled) / "metrics.jsonl").read_text().splitlines())
-        losses.append([line["loss"] for line in lines if "loss" in line])
-    assert summaries[1]["padding_fraction"] > summaries[0]["padding_fraction"]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)  # float32, seven steps of AdamW
-
-
 def test_evaluate_repeats_the_summary(run, capsys, csv_folder):
     folder, summary = run
     assert evaluate.main([str(folder)]) == 0
@@ -488,12 +469,12 @@ BIAS = "classifier.out_proj.bias"
 @pytest.mark.parametrize(
     ("change", "keep_digest", "message"),
     [
-        (lambda tensors, _: tensors[BIAS].add_(1), True, "the digest is not that"),
+        (lambda tensors, _: tensors[BIAS].add_(1), True, "the digest does not match"),
         (lambda tensors, _: tensors.update({BIAS: torch.zeros(1)}), False, "not the tensors of"),
         (lambda tensors, _: tensors.update(unknown=torch.zeros(1)), False, "not the tensors of"),
         (lambda tensors, _: tensors.pop(BIAS), False, "with other weights"),
         (lambda _, note: note.update(frozen=""), False, "with other weights"),
-        (lambda _, note: note.pop("frozen"), True, "the digest is not that"),
+        (lambda _, note: note.pop("frozen"), True, "the digest does not match"),
     ],
 )
 def test_weights_of_a_run_that_is_not_lora_are_verified(head_run, tmp_path, change, keep_digest, message):
@@ -513,7 +494,7 @@ def test_a_random_base_is_drawn_from_the_runs_seed_again(tmp_path, method):
         inject(model, recipe.lora_config())
     else:
         train_only(model, HEAD)
-    runs.save_trained(model, tmp_path, recipe, ("a", "b"))
+    save_trained(model, tmp_path, recipe, ("a", "b"))
     loaded = load_trained(tmp_path).model
     for name, parameter in model.named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter), name
@@ -530,6 +511,6 @@ def test_the_adapters_bytes_are_those_of_its_two_files(run, recipe, tmp_path):
     shutil.copytree(run[0] / "adapter", tmp_path / "adapter")
     (tmp_path / "adapter" / ".adapter_model.safetensors.left").write_bytes(b"of a kill")
     trained = load_trained(run[0])
-    assert runs.save_trained(trained.model, tmp_path, recipe, trained.labels) == sum(
+    assert save_trained(trained.model, tmp_path, recipe, trained.labels) == sum(
         (tmp_path / "adapter" / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE)
     )

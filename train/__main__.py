@@ -1,4 +1,4 @@
-"""python -m train: trains by a recipe and leaves a run's folder. The command itself is in cli.py."""
+"""python -m train: trains by a recipe and writes a run's folder. The command itself is in cli.py."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 
 
 def _stop(number: int, _frame: object) -> None:
-    """Outside of training there is no step to finish, and every file is written whole or not at all."""
-    os.write(2, b"\nstopped outside of training; what is on the disk is whole\n")
+    """Stops at once: outside of training there is no step to finish, and files are written atomically."""
+    os.write(2, b"\nstopped outside of training; the files on disk are complete\n")
     os._exit(128 + number)
 
 

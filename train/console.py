@@ -56,7 +56,7 @@ class Console:
         self._file.close()
 
 
-class Silence:
+class SilentConsole:
     """A Console for the processes that have nothing to say."""
 
     lines = 0

@@ -26,10 +26,10 @@ class World:
     agreeing: Any = None  # the gloo group
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def any(self, value: int) -> int:
+    def max_over_processes(self, value: int) -> int:
         """The largest of every process's `value`: true everywhere if it is true somewhere."""
         if self.size == 1:
             return value
@@ -37,19 +37,19 @@ class World:
         dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.agreeing)
         return int(agreed)
 
-    def sum_(self, tensor: Tensor) -> Tensor:
+    def sum_over_processes_(self, tensor: Tensor) -> Tensor:
         """Adds up `tensor` over all processes, in place, on its own device."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until every process is here."""
         if self.size > 1:
             dist.barrier(group=self.agreeing)
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 def local_rank() -> int:
@@ -67,7 +67,7 @@ def join_world(device: torch.device) -> Iterator[World]:
     """The processes that torchrun started, joined; a world of one otherwise."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:

@@ -1,15 +1,16 @@
-"""The training loop, in plain PyTorch: one for LoRA, for full fine-tuning and for the head alone."""
+"""The training loop, in plain PyTorch: the same for LoRA, full fine-tuning and the head alone.
+
+`Trainer.epochs` is the loop and `Trainer._step` one optimizer step. Validation, logging and the check for
+values that are not finite follow below. What a checkpoint holds is in state.py.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
 import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -19,51 +20,29 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import get_cosine_schedule_with_warmup
 
-from lora.tree import has_adapter
-from train.batches import Batch, Encoded, batches_by_length, collate, epoch_batches
+from lora.errors import UserError
+from lora.inject import derived_seed
+from lora.modules import has_adapter
+from train.batches import Batch, Encoded, collate, epoch_batches
 from train.config import Recipe
-from train.distributed import ALONE, World
+from train.distributed import SINGLE_PROCESS, World
 from train.hardware import autocast
+from train.inference import predict_logits
 from train.metrics import Scores
+from train.state import State
 from train.telemetry import Telemetry
 
-_MOST_GRAPHS = 128  # 16 lengths up to 512 tokens, padded or not; an epoch's short last batch, eval modes
-_COMPILED_LENGTHS = 32  # rows are padded to a multiple of so many tokens where a model is compiled
 
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says at which steps, and why."""
-
-
-@dataclass
-class State:
-    """Where a run stands, but for its tensors. What is not timing is the same however often it stopped."""
-
-    epoch: int = 0  # epochs finished
-    step_in_epoch: int = 0  # optimizer steps since
-    step: int = 0
-    best_epoch: int = 0  # counted from 1; 0: none yet
-    best_accuracy: float = -1.0
-    best_loss: float = math.inf
-    examples: int = 0  # rows trained on
-    tokens: int = 0  # of those rows, without padding
-    padded_tokens: int = 0  # with padding: what was computed
-    skipped_steps: int = 0  # by float16's scaler, because a scaled gradient overflowed
-    seconds: float = 0.0  # of training steps and validation, over all sittings
-    log_lines: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)  # a row an epoch
-
-    @property
-    def epochs_since_best(self) -> int:
-        return self.epoch - self.best_epoch
+class TrainingError(UserError, RuntimeError):
+    """Training cannot continue. The message names the step and the cause."""
 
 
 class Trainer:
-    """The model, its optimizer and where the run stands; `epochs` trains and yields after every step.
+    """Trains `model` by `recipe`: iterate over `epochs()`, which yields after every step.
 
-    Each random number follows from the seed, the step and the rank: a run that was stopped and resumed
-    draws what it would have drawn. A batch is cut into the processes' shares; gradients and losses are
-    sums over rows divided by all rows, so that they are the same at any number of processes.
+    All random numbers are derived from the seed, the step and the rank, so a resumed run draws what it
+    would have drawn. A batch is divided among the processes; gradients and losses are sums over rows
+    divided by the number of all rows, so they do not depend on the number of processes.
     """
 
     def __init__(
@@ -75,16 +54,12 @@ class Trainer:
         pad_token_id: int,
         device: torch.device,
         precision: str,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ):
         self.model, self.recipe, self.world = model, recipe, world
-        self.parallel = (
+        self.forward = (
             model if world.size == 1 else DistributedDataParallel(model, forward_sync_buffers=False)
         )
-        # One graph for each shape: shapes that vary freely make slower ones.
-        self.forward = torch.compile(self.parallel, dynamic=False) if recipe.compile else self.parallel
-        if recipe.compile:  # torch gives up after 8 graphs, without a word but a warning
-            torch._dynamo.config.recompile_limit = _MOST_GRAPHS
         self.train_rows, self.validation_rows = train, validation
         self.pad_token_id, self.device, self.precision = pad_token_id, device, precision
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -104,19 +79,19 @@ class Trainer:
         self.scheduler = get_cosine_schedule_with_warmup(
             self.optimizer, round(recipe.warmup_fraction * total), total
         )
-        # float16's gradients underflow; scaled losses keep them in range, and steps that overflow are skipped
+        # Gradients underflow in float16. The scaler keeps them in range, and skips steps that overflow.
         self.scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         self.telemetry = Telemetry(model) if recipe.telemetry and has_adapter(model) else None
         self.state = State()
-        self.best: dict[str, Tensor] = {}
-        self._loss_sum = torch.zeros((), device=device)  # over rows since the last logged step
-        self._rows = 0
+        self.best: dict[str, Tensor] = {}  # the trainable parameters of the best epoch
+        self.loss_sum = torch.zeros((), device=device)  # over the rows since the last logged step
+        self.rows = 0  # since the last logged step
         self._unchecked: list[tuple[int, list[np.ndarray], Tensor]] = []  # step, its rows, whether finite
 
     def epochs(self) -> Iterator[dict[str, Any] | None]:
-        """Trains to the end, yielding after each step: a line to log, or None."""
+        """Trains to the end. Yields after each step: a line to log, or None."""
         state, recipe = self.state, self.recipe
-        while state.epoch < recipe.epochs and not self._should_stop():
+        while state.epoch < recipe.epochs and not self._stops_early():
             batches = epoch_batches(self.train_rows.lengths, recipe.batch_size, recipe.seed, state.epoch)
             while state.step_in_epoch < self.steps_per_epoch:
                 started = time.perf_counter()
@@ -133,60 +108,67 @@ class Trainer:
             state.seconds += time.perf_counter() - started
             yield {**(line or {}), **result}
 
-    def restore_best(self) -> None:
-        """Puts the weights of the best validation epoch into the model."""
-        with torch.no_grad():
-            for name, parameter in self.trainable.items():
-                parameter.copy_(self.best[name])
-
     def _step(self, group: list[np.ndarray]) -> Tensor:
-        """One optimizer step over the batches of a group; the gradient's norm before clipping."""
-        recipe, state, world = self.recipe, self.state, self.world
+        """One optimizer step over a group of batches. Returns the gradient norm before clipping."""
         self.model.train()
         rows_in_group = sum(len(rows) for rows in group)
         step_loss = torch.zeros((), device=self.device)
         for part, rows in enumerate(group):
-            torch.manual_seed(_step_seed(recipe.seed, state.step, part, world.rank))
-            shares = [rows[rank :: world.size] for rank in range(world.size)]
-            self._count(rows, shares)
-            # DistributedDataParallel wants a forward from everyone: one without rows lends one, unweighed.
-            mine = shares[world.rank]
-            mine = mine if len(mine) else rows[:1]
-            length = self._padded_length(mine)
-            batch = collate(self.train_rows, mine, self.pad_token_id, length).to(self.device)
-            with self._synchronised(part == len(group) - 1), self._fitting_into_memory(batch):
-                loss_sum = self._loss(batch) * float(len(shares[world.rank]) > 0)
-                # Divided by the group's rows, so that a short last group is still a mean over its rows;
-                # times the processes, over which DistributedDataParallel takes the mean.
-                scaled = self.scaler.scale(loss_sum * (world.size / rows_in_group))
-                scaled.backward()  # type: ignore[no-untyped-call]
-            step_loss += loss_sum.detach()
+            torch.manual_seed(derived_seed(self.recipe.seed, self.state.step, part, self.world.rank))
+            batch, weight = self._my_share(rows)
+            with self._gradient_sync(last=part == len(group) - 1), self._out_of_memory_hint(batch):
+                loss = self._loss(batch) * weight
+                # Divided by the group's rows, so that a short last group has a mean over its own rows.
+                # Multiplied by the processes, because DistributedDataParallel averages over them.
+                self.scaler.scale(loss * (self.world.size / rows_in_group)).backward()  # type: ignore[no-untyped-call]
+            step_loss += loss.detach()
         self.scaler.unscale_(self.optimizer)
-        if self.telemetry and self._is_logged(state.step + 1):
+        if self.telemetry and self._is_logged(self.state.step + 1):
             self.telemetry.note_gradients()
-        limit = recipe.max_gradient_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.trainable.values(), limit)
+        norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.recipe.max_gradient_norm or math.inf)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        finite = (world.sum_(step_loss) + norm).isfinite()
-        self._loss_sum += torch.where(finite, step_loss, 0.0)
-        self._rows += rows_in_group
-        self._unchecked.append((state.step + 1, group, finite))
+
+        finite = (self.world.sum_over_processes_(step_loss) + norm).isfinite()
+        self.loss_sum += torch.where(finite, step_loss, 0.0)
+        self.rows += rows_in_group
+        self._unchecked.append((self.state.step + 1, group, finite))
         return norm
 
     def _loss(self, batch: Batch) -> Tensor:
-        """The cross-entropy summed over a batch's rows, in float32."""
+        """The cross-entropy, summed over the rows of a batch, in float32."""
         with autocast(self.device, self.precision):
             logits = self.forward(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return F.cross_entropy(
             logits.float(), batch.labels, reduction="sum", label_smoothing=self.recipe.label_smoothing
         )
 
+    def _my_share(self, rows: np.ndarray) -> tuple[Batch, float]:
+        """The rows of a batch that this process computes, and the weight of their loss. Counts all rows."""
+        lengths = self.train_rows.lengths
+        shares = [rows[rank :: self.world.size] for rank in range(self.world.size)]
+        self.state.examples += len(rows)
+        self.state.tokens += int(lengths[rows].sum())
+        self.state.padded_tokens += sum(
+            len(share) * int(lengths[share].max()) for share in shares if len(share)
+        )
+        mine = shares[self.world.rank]
+        # DistributedDataParallel needs a forward of every process. One without rows computes the first row
+        # with weight 0.
+        batch = collate(self.train_rows, mine if len(mine) else rows[:1], self.pad_token_id)
+        return batch.to(self.device), float(len(mine) > 0)
+
+    def _gradient_sync(self, last: bool) -> AbstractContextManager[object]:
+        """Gradients are summed over the processes only at the last batch of a group."""
+        if isinstance(self.forward, DistributedDataParallel) and not last:
+            return self.forward.no_sync()
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
-    def _fitting_into_memory(self, batch: Batch) -> Iterator[None]:
-        """Raises TrainingError with what to lower where a batch's forward or backward does not fit."""
+    def _out_of_memory_hint(self, batch: Batch) -> Iterator[None]:
+        """Raises TrainingError, which says what to reduce, if forward or backward runs out of memory."""
         try:
             yield
         except torch.OutOfMemoryError as error:
@@ -197,95 +179,20 @@ class Trainer:
                 "max_length_tokens, or set gradient_checkpointing = true"
             ) from error
 
-    def _synchronised(self, last: bool) -> AbstractContextManager[object]:
-        """Gradients are added up over the processes at a group's last batch alone."""
-        if isinstance(self.parallel, DistributedDataParallel) and not last:
-            return self.parallel.no_sync()
-        return contextlib.nullcontext()
-
-    def _count(self, rows: np.ndarray, shares: list[np.ndarray]) -> None:
-        lengths = self.train_rows.lengths
-        self.state.examples += len(rows)
-        self.state.tokens += int(lengths[rows].sum())
-        self.state.padded_tokens += sum(
-            len(share) * self._padded_length(share) for share in shares if len(share)
-        )
-
-    def _padded_length(self, rows: np.ndarray) -> int:
-        """What these rows of the training part are padded to, in tokens."""
-        longest = int(self.train_rows.lengths[rows].max())
-        if not self.recipe.compile:
-            return longest
-        return min(-(-longest // _COMPILED_LENGTHS) * _COMPILED_LENGTHS, self.recipe.max_length_tokens)
-
-    def check_finite(self) -> None:
-        """Looks at the steps since the last look: was every loss and gradient finite? Waits for the device.
-
-        With float16 the scaler has skipped such a step, which is counted and has no part in the logged
-        loss. Otherwise the weights are spoilt: raises TrainingError with the first such step and its rows,
-        before anything is saved.
-        """
-        if not self._unchecked:
-            return
-        finite = torch.stack([flag for _, _, flag in self._unchecked]).cpu().tolist()
-        bad = [
-            (step, rows) for (step, rows, _), fine in zip(self._unchecked, finite, strict=True) if not fine
-        ]
-        self._unchecked.clear()
-        if not bad:
-            return
-        step, group = bad[0]
-        rows = ", ".join(str(row) for row in sorted(np.concatenate(group).tolist()))
-        if self.scaler.is_enabled():
-            self.state.skipped_steps += len(bad)
-            self._rows -= sum(len(rows) for _, skipped in bad for rows in skipped)
-            if self.scaler.get_scale() >= 1:
-                return
-        raise TrainingError(
-            f"step {step}: the loss or its gradient is not finite, among the training rows {rows}. "
-            'A lower learning_rate, max_gradient_norm above 0 or precision = "fp32" may help'
-        )
-
-    def _is_logged(self, step: int) -> bool:
-        """The first step too: there B has a gradient and A has none."""
-        return step == 1 or step % self.recipe.log_every_steps == 0
-
-    def _line(self, gradient_norm: Tensor) -> dict[str, Any]:
-        """What is logged of the steps since the last line. Waits for the device."""
-        self.check_finite()
-        norm = float(gradient_norm)
-        loss = float(self._loss_sum) / self._rows if self._rows else None  # None: float16 skipped them all
-        self._loss_sum.zero_()
-        self._rows = 0
-        return {
-            "step": self.state.step,
-            "epoch": round(self.state.epoch + self.state.step_in_epoch / self.steps_per_epoch, 4),
-            "loss": loss,
-            "learning_rate": self.scheduler.get_last_lr()[0],
-            "gradient_norm": norm if math.isfinite(norm) else None,  # of a step that float16 skipped
-            **(self.telemetry.line() if self.telemetry else {}),
-        }
-
     def _finish_epoch(self) -> dict[str, Any]:
-        """Validates, and keeps the weights if they are the best yet.
+        """Validates, and keeps the weights if they are the best so far.
 
-        Best by loss: of a few hundred validation rows, one more that is right is noise. Raises
-        TrainingError where that loss is not finite.
+        The best epoch has the lowest loss: in a few hundred validation rows, one more correct row is noise.
+        Raises TrainingError if the loss is not finite.
         """
         self.check_finite()
-        state = self.state
+        state, rows = self.state, self.validation_rows
         logits = predict_logits(
-            self.model,
-            self.validation_rows,
-            2 * self.recipe.batch_size,
-            self.pad_token_id,
-            self.device,
-            self.precision,
+            self.model, rows, 2 * self.recipe.batch_size, self.pad_token_id, self.device, self.precision,
             self.world,
-        )
-        labels = self.validation_rows.labels
-        accuracy = Scores.of(labels, logits.argmax(1).numpy(), logits.shape[1]).accuracy
-        loss = float(F.cross_entropy(logits.double(), torch.from_numpy(labels)))
+        )  # fmt: skip
+        accuracy = Scores.of(rows.labels, logits.argmax(1).numpy(), logits.shape[1]).accuracy
+        loss = float(F.cross_entropy(logits.double(), torch.from_numpy(rows.labels)))
         if not math.isfinite(loss):
             raise TrainingError(
                 f"step {state.step}: the validation loss is not finite; a lower learning_rate or "
@@ -300,76 +207,58 @@ class Trainer:
         state.history.append({"epoch": state.epoch, **result})
         return {"step": state.step, "epoch": float(state.epoch), **result}
 
-    def _should_stop(self) -> bool:
+    def _stops_early(self) -> bool:
         patience = self.recipe.early_stopping_epochs
         return bool(patience) and self.state.epochs_since_best >= patience and self.state.epoch > 0
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor that the rest of the run depends on, by name, for a checkpoint."""
-        found: dict[str, Tensor] = {f"model.{name}": p for name, p in self.trainable.items()}
-        found |= {f"best.{name}": tensor for name, tensor in self.best.items()}
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        """Loads the weights of the best epoch into the model."""
         for name, parameter in self.trainable.items():
-            for key, value in self.optimizer.state.get(parameter, {}).items():
-                found[f"optimizer.{name}.{key}"] = value
-        return {**found, "loss_sum": self._loss_sum}
+            parameter.copy_(self.best[name])
 
-    def settings(self) -> dict[str, Any]:
-        """The rest of it, as JSON."""
+    def _is_logged(self, step: int) -> bool:
+        """The first step is logged too: in it, B has a gradient and A has none."""
+        return step == 1 or step % self.recipe.log_every_steps == 0
+
+    def _line(self, gradient_norm: Tensor) -> dict[str, Any]:
+        """The log line of the steps since the last one. Waits for the device."""
+        self.check_finite()
+        norm = float(gradient_norm)
+        loss = float(self.loss_sum) / self.rows if self.rows else None  # None if float16 skipped every step
+        self.loss_sum.zero_()
+        self.rows = 0
         return {
-            "state": dataclasses.asdict(self.state),
-            "rows": self._rows,
-            "scaler": self.scaler.state_dict(),
-            "learning_rates": self.scheduler.get_last_lr(),
+            "step": self.state.step,
+            "epoch": round(self.state.epoch + self.state.step_in_epoch / self.steps_per_epoch, 4),
+            "loss": loss,
+            "learning_rate": self.scheduler.get_last_lr()[0],
+            "gradient_norm": norm if math.isfinite(norm) else None,  # None for a step that float16 skipped
+            **(self.telemetry.line() if self.telemetry else {}),
         }
 
-    @torch.no_grad()
-    def restore(self, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
-        """Takes the run up where `tensors` and `settings` left it."""
-        self.state = State(**settings["state"])
-        self._rows = settings["rows"]
-        self._loss_sum.copy_(tensors["loss_sum"])
-        self.scaler.load_state_dict(settings["scaler"])
-        self.scheduler.last_epoch = self.state.step
-        self.scheduler._last_lr = settings["learning_rates"]
-        for group, rate in zip(self.optimizer.param_groups, settings["learning_rates"], strict=True):
-            group["lr"] = rate
-        for name, parameter in self.trainable.items():
-            parameter.copy_(tensors[f"model.{name}"])
-            if f"best.{name}" in tensors:
-                self.best[name] = tensors[f"best.{name}"]
-            for key in ("step", "exp_avg", "exp_avg_sq"):
-                if f"optimizer.{name}.{key}" in tensors:
-                    value = tensors[f"optimizer.{name}.{key}"].to(self.device)
-                    self.optimizer.state[parameter][key] = value
+    def check_finite(self) -> None:
+        """Checks that every loss and gradient since the last check was finite. Waits for the device.
 
-
-@torch.inference_mode()
-def predict_logits(
-    model: nn.Module,
-    rows: Encoded,
-    batch_size: int,
-    pad_token_id: int,
-    device: torch.device,
-    precision: str,
-    world: World = ALONE,
-) -> Tensor:
-    """The model's logits in eval mode, (rows, classes) float32 on the CPU, in the rows' order.
-
-    Each process of `world` computes some of the batches, and all get all of the logits.
-    """
-    was_training = model.training
-    model.eval()
-    classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
-    logits = torch.zeros(len(rows), classes, device=device)
-    for members in batches_by_length(rows.lengths, batch_size)[world.rank :: world.size]:
-        batch = collate(rows, members, pad_token_id).to(device)
-        with autocast(device, precision):
-            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        logits[torch.from_numpy(members).to(device)] = output.float()
-    model.train(was_training)
-    return world.sum_(logits).cpu()  # every row is somewhere, and zero elsewhere
-
-
-def _step_seed(seed: int, step: int, part: int, rank: int) -> int:
-    digest = hashlib.sha256(f"{seed}:{step}:{part}:{rank}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+        With float16 the scaler has skipped such a step; it is counted and left out of the logged loss.
+        Otherwise the weights are unusable: raises TrainingError with the first such step and its rows,
+        before anything is saved.
+        """
+        if not self._unchecked:
+            return
+        finite = torch.stack([flag for _, _, flag in self._unchecked]).cpu().tolist()
+        bad = [(step, rows) for (step, rows, _), ok in zip(self._unchecked, finite, strict=True) if not ok]
+        self._unchecked.clear()
+        if not bad:
+            return
+        step, group = bad[0]
+        rows = ", ".join(str(row) for row in sorted(np.concatenate(group).tolist()))
+        if self.scaler.is_enabled():
+            self.state.skipped_steps += len(bad)
+            self.rows -= sum(len(rows) for _, skipped in bad for rows in skipped)
+            if self.scaler.get_scale() >= 1:
+                return
+        raise TrainingError(
+            f"step {step}: the loss or its gradient is not finite, among the training rows {rows}. "
+            'A lower learning_rate, max_gradient_norm above 0 or precision = "fp32" may help'
+        )

@@ -1,4 +1,4 @@
-"""python -m train.predict: labels for texts, by a run or a bare adapter's folder."""
+"""python -m train.predict: the class of each text, by a run or an adapter's folder."""
 
 from __future__ import annotations
 
@@ -11,57 +11,49 @@ from pathlib import Path
 
 import torch
 
-from lora import AdapterError
-from model import ModelError, speed_up
-from model.minilm import DataPackageMissingError
+from model import speed_up
+from train.command import print_error, run_command
 from train.hardware import autocast, resolve_device, resolve_precision
-from train.runs import RunError, Trained, load_trained
+from train.trained import Trained, load_trained
 
-_BATCH = 32
+_BATCH_SIZE = 32
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 an error that the message explains."""
+    """Exit codes: 0 success, 2 an error that the message explains."""
     parser = argparse.ArgumentParser(
         prog="python -m train.predict",
         description="Prints a label and its probability for each TEXT, or for each line of stdin.",
-        epilog="A blank line of stdin gives a blank line, so that lines in and out stay side by side.",
+        epilog="A blank line of stdin gives a blank line, so that input and output lines correspond.",
     )
     parser.add_argument(
-        "run", type=Path, metavar="RUN", help="a run's folder, or an adapter's from here or PEFT"
+        "run", type=Path, metavar="RUN", help="a run's folder, or an adapter's folder from here or from PEFT"
     )
     parser.add_argument("texts", nargs="*", metavar="TEXT")
     parser.add_argument(
-        "--json", action="store_true", help="a JSON object a line, with every class's probability"
+        "--json", action="store_true", help="print a JSON object per line, with the probability of each class"
     )
-    options = parser.parse_intermixed_args(arguments)  # flags may stand between RUN and TEXT
+    options = parser.parse_intermixed_args(arguments)  # flags are allowed between RUN and TEXT
     if any(not text.strip() for text in options.texts):
-        print("error: an empty TEXT has no topic", file=sys.stderr)
-        return 2
+        return print_error("an empty TEXT has no topic")
+    return run_command(lambda: _print_predictions(options.run, options.texts, options.json))
+
+
+def _print_predictions(run: Path, given: list[str], as_json: bool) -> int:
+    trained = load_trained(run, text=True)
+    texts = given or (line.rstrip("\n") for line in sys.stdin)
+    # On a terminal each line is answered at once; a pipe is read in batches.
+    batch_size = 1 if not given and sys.stdin.isatty() else _BATCH_SIZE
     try:
-        trained = load_trained(options.run)
-        if trained.tokenizer is None:
-            raise RunError(f"{options.run}: its base model comes with no tokenizer")
-        texts = options.texts or (line.rstrip("\n") for line in sys.stdin)
-        # Someone who types wants an answer a line; a pipe wants speed.
-        batch_size = 1 if not options.texts and sys.stdin.isatty() else _BATCH
-        for line in predict_lines(trained, texts, batch_size, options.json):
+        for line in predict_lines(trained, texts, batch_size, as_json):
             print(line, flush=batch_size == 1)
-    except BrokenPipeError:
-        sys.stderr.close()  # whoever read has gone, which is no error
-    except KeyboardInterrupt:
-        return 130
     except UnicodeDecodeError as error:
-        print(f"error: stdin is not UTF-8: {error}", file=sys.stderr)
-        return 2
-    except (AdapterError, DataPackageMissingError, ModelError, RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return print_error(f"stdin is not UTF-8: {error}")
     return 0
 
 
 def predict_lines(trained: Trained, texts: Iterable[str], batch_size: int, as_json: bool) -> Iterator[str]:
-    """A line for each text, in order, read and answered in batches."""
+    """One line per text, in order. The texts are read and classified in batches."""
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)
     speed_up(trained.model.to(device), precision)
@@ -89,7 +81,7 @@ def predict_lines(trained: Trained, texts: Iterable[str], batch_size: int, as_js
 
 @torch.inference_mode()
 def _probabilities(trained: Trained, texts: list[str], device: torch.device, precision: str) -> torch.Tensor:
-    """(texts, classes) float32."""
+    """The class probabilities, (texts, classes) float32."""
     if not texts:
         return torch.empty(0, len(trained.labels))
     encoded = trained.tokenizer(

@@ -1,0 +1,107 @@
+"""Saves what a run trained, and loads it for use: an adapter's folder, or the trained weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lora import AdapterError, load_adapter, read_adapter, save_adapter
+from lora.files import CONFIG_FILE, TENSOR_FILE
+from lora.storage import DamagedFileError, digest, read_tensors, write_tensors
+from model import load_base
+from train.config import Recipe
+from train.runs import ADAPTER, CONFIG, WEIGHTS, RunError, check_finished
+
+_ENTRY = "run"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model in eval mode, its tokenizer, class labels and maximal length in tokens."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    labels: tuple[str, ...]
+    max_length_tokens: int
+
+
+def save_trained(model: nn.Module, folder: Path, recipe: Recipe, labels: tuple[str, ...]) -> int:
+    """Saves an adapter's folder for LoRA, otherwise the trained weights. Returns the size in bytes."""
+    metadata = {"labels": list(labels), "max_length_tokens": recipe.max_length_tokens, "seed": recipe.seed}
+    if recipe.method == "lora":
+        save_adapter(model, folder / ADAPTER, base=recipe.model, task_type="SEQ_CLS", metadata=metadata)
+        return sum((folder / ADAPTER / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
+    tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    note = {**metadata, "model": recipe.model, "frozen": _frozen_digest(model, tensors)}
+    write_tensors(folder / WEIGHTS, tensors, _ENTRY, note)
+    return (folder / WEIGHTS).stat().st_size
+
+
+def load_trained(folder: Path, text: bool = False) -> Trained:
+    """Loads the model of a finished run, or of an adapter's folder written here or by PEFT.
+
+    text: require a tokenizer. Raises RunError, AdapterError, ModelError, FileNotFoundError.
+    """
+    trained = _load(folder)
+    if text and trained.tokenizer is None:
+        raise RunError(f"{folder}: its base model comes without a tokenizer, so it cannot read text")
+    return trained
+
+
+def _load(folder: Path) -> Trained:
+    if (folder / CONFIG_FILE).is_file():
+        return _load_adapter_folder(folder)
+    check_finished(folder)
+    if (folder / ADAPTER).is_dir():
+        return _load_adapter_folder(folder / ADAPTER)
+    if (folder / WEIGHTS).is_file():
+        return _load_weights(folder / WEIGHTS)
+    raise RunError(f"{folder}: neither a run (no {CONFIG}) nor an adapter (no {CONFIG_FILE})")
+
+
+def _load_adapter_folder(folder: Path) -> Trained:
+    adapter = read_adapter(folder)
+    if not adapter.base:
+        raise AdapterError(
+            f"{folder / CONFIG_FILE}: base_model_name_or_path is empty, so the base is unknown"
+        )
+    head = adapter.tensors.get("classifier.out_proj.weight")
+    if head is None:
+        raise AdapterError(f"{folder}: no classifier.out_proj.weight; this is no classifier's adapter")
+    labels = tuple(adapter.metadata.get("labels") or (f"LABEL_{i}" for i in range(len(head))))
+    seed = adapter.metadata.get("seed", 0)  # only a random base depends on it
+    model, tokenizer = load_base(adapter.base, num_labels=len(labels), labels=labels, seed=seed)
+    load_adapter(model, folder)
+    longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
+    return Trained(model.eval(), tokenizer, labels, adapter.metadata.get("max_length_tokens", longest))
+
+
+def _load_weights(path: Path) -> Trained:
+    try:
+        tensors, note = read_tensors(path, _ENTRY)
+    except DamagedFileError as error:
+        raise RunError(str(error)) from error
+    if not note:
+        raise RunError(f"{path}: not written by this project (no metadata entry {_ENTRY!r})")
+    labels = tuple(note["labels"])
+    model, tokenizer = load_base(note["model"], num_labels=len(labels), labels=labels, seed=note["seed"])
+    parameters = dict(model.named_parameters())
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    if shapes != {name: parameters[name].shape for name in shapes if name in parameters}:
+        raise RunError(f"{path}: not the tensors of {note['model']!r} as it is now")
+    if note["frozen"] != _frozen_digest(model, tensors):
+        raise RunError(f"{path}: trained on {note['model']!r} with other weights than it has now")
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
+    return Trained(model.eval(), tokenizer, labels, note["max_length_tokens"])
+
+
+def _frozen_digest(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
+    return digest({name: p.detach() for name, p in model.named_parameters() if name not in trained}, {})
