@@ -1,14 +1,22 @@
-"""Checkpoints to resume from: one verified file each, written atomically. The last two are kept."""
+"""Checkpoints to resume from: one verified file each, written atomically. The last two are kept.
+
+A resumed run ends in the same bits as a run that never stopped, so a checkpoint holds everything that the
+rest of the run depends on: trained and best weights, optimizer, scaler, learning rates and counters.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lora.errors import UserError
 from lora.storage import DamagedFileError, read_tensors, write_tensors
+from train.loop import Trainer
+from train.state import State
 
 _ENTRY = "checkpoint"
 _KEEP = 2
@@ -18,10 +26,15 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be used. The message names the file and the problem."""
 
 
-def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-    """Writes the checkpoint of `step` and deletes all but the last two. `state` is JSON. Raises OSError."""
+def save_checkpoint(folder: Path, trainer: Trainer, identity: dict[str, str]) -> None:
+    """Writes a checkpoint of the trainer and deletes all but the last two. Raises OSError.
+
+    identity: what must be the same for a run to be resumed from it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / f"{step:08d}.safetensors", tensors, _ENTRY, {"step": step, "state": state})
+    path = folder / f"{trainer.state.step:08d}.safetensors"
+    note = {"step": trainer.state.step, "identity": identity, "trainer": _settings(trainer)}
+    write_tensors(path, _tensors(trainer), _ENTRY, note)
     for old in list_checkpoints(folder)[:-_KEEP]:
         old.unlink()
     for unfinished in folder.glob(".*.safetensors.*"):  # left by a write that was killed
@@ -33,18 +46,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("[0-9]*.safetensors"))
 
 
-def load_last_checkpoint(
-    folder: Path, identity: dict[str, str]
-) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The tensors and the state of the last checkpoint in `folder`, None if there is none.
+def load_last_checkpoint(folder: Path, trainer: Trainer, identity: dict[str, str]) -> bool:
+    """Sets a new trainer to the last checkpoint in `folder`. Returns whether there is one.
 
-    identity: what must be the same as in `state["identity"]` for the run to continue.
-
-    Raises CheckpointError if the file is damaged or the identity differs.
+    Raises CheckpointError if the file is damaged or was taken with another identity.
     """
     paths = list_checkpoints(folder)
     if not paths:
-        return None
+        return False
     path = paths[-1]
     try:
         tensors, note = read_tensors(path, _ENTRY)
@@ -53,8 +62,46 @@ def load_last_checkpoint(
     except (DamagedFileError, OSError) as error:
         older = f"; remove it to resume from {paths[-2].name}" if len(paths) > 1 else ""
         raise CheckpointError(f"{error}{older}") from error
-    state: dict[str, Any] = note["state"]
     for name, value in identity.items():
-        if state["identity"].get(name) != value:
+        if note["identity"].get(name) != value:
             raise CheckpointError(f"{path}: cannot resume: the {name} is not the one that it was taken with")
-    return tensors, state
+    _restore(trainer, tensors, note["trainer"])
+    return True
+
+
+def _tensors(trainer: Trainer) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {f"model.{name}": p for name, p in trainer.trainable.items()}
+    found |= {f"best.{name}": tensor for name, tensor in trainer.best.items()}
+    for name, parameter in trainer.trainable.items():
+        for key, value in trainer.optimizer.state.get(parameter, {}).items():
+            found[f"optimizer.{name}.{key}"] = value
+    return {**found, "loss_sum": trainer.loss_sum}
+
+
+def _settings(trainer: Trainer) -> dict[str, Any]:
+    return {
+        "state": dataclasses.asdict(trainer.state),
+        "rows": trainer.rows,
+        "scaler": trainer.scaler.state_dict(),
+        "learning_rates": trainer.scheduler.get_last_lr(),
+    }
+
+
+@torch.no_grad()
+def _restore(trainer: Trainer, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
+    trainer.state = State(**settings["state"])
+    trainer.rows = settings["rows"]
+    trainer.loss_sum.copy_(tensors["loss_sum"])
+    trainer.scaler.load_state_dict(settings["scaler"])
+    trainer.scheduler.last_epoch = trainer.state.step
+    trainer.scheduler._last_lr = settings["learning_rates"]
+    for group, rate in zip(trainer.optimizer.param_groups, settings["learning_rates"], strict=True):
+        group["lr"] = rate
+    for name, parameter in trainer.trainable.items():
+        parameter.copy_(tensors[f"model.{name}"])
+        if f"best.{name}" in tensors:
+            trainer.best[name] = tensors[f"best.{name}"]
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if f"optimizer.{name}.{key}" in tensors:
+                value = tensors[f"optimizer.{name}.{key}"].to(trainer.device)
+                trainer.optimizer.state[parameter][key] = value

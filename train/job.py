@@ -45,7 +45,6 @@ from train.runs import (
     read_summary,
 )
 from train.signals import InterruptedRunError, deferred_signals
-from train.state import checkpoint_settings, checkpoint_tensors, restore
 from train.summary import make_summary
 from train.trained import save_trained
 
@@ -92,9 +91,7 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
         )
         pad = tokenizer.pad_token_id
         trainer = Trainer(model, recipe, train, validation, pad, device, precision, world)
-        saved = load_last_checkpoint(folder / CHECKPOINT, identity) if resume else None
-        if saved:
-            restore(trainer, saved[0], saved[1]["trainer"])
+        resumed = resume and load_last_checkpoint(folder / CHECKPOINT, trainer, identity)
         state = trainer.state
         check_log(folder / METRICS, state.log_lines)
         total = recipe.epochs * len(train)
@@ -112,7 +109,7 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
                 f" {len(news.labels)} classes\n{counts}"
             )
             if resume:
-                where = f"after step {state.step}" if saved else "at step 0: there is no checkpoint yet"
+                where = f"after step {state.step}" if resumed else "at step 0: there is no checkpoint yet"
                 console.say(f"resuming {where}")
             _train(trainer, console, folder, identity)
 
@@ -178,8 +175,7 @@ def _train(
         if world.is_main:
             console.sync()
             state.log_lines = console.lines
-            note = {"identity": identity, "trainer": checkpoint_settings(trainer)}
-            save_checkpoint(folder / CHECKPOINT, state.step, checkpoint_tensors(trainer), note)
+            save_checkpoint(folder / CHECKPOINT, trainer, identity)
 
     with deferred_signals(world.size) as received:
         try:

@@ -1,7 +1,7 @@
 """The training loop, in plain PyTorch: the same for LoRA, full fine-tuning and the head alone.
 
 `Trainer.epochs` is the loop and `Trainer._step` one optimizer step. Validation, logging and the check for
-values that are not finite follow below. What a checkpoint holds is in state.py.
+values that are not finite follow below. What a checkpoint holds is in checkpoint.py.
 """
 
 from __future__ import annotations

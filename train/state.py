@@ -1,17 +1,9 @@
-"""Where a run is: its counters, and everything that a checkpoint holds of a Trainer."""
+"""Where a run is: its counters."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from train.loop import Trainer
 
 
 @dataclass
@@ -35,44 +27,3 @@ class State:
     @property
     def epochs_since_best(self) -> int:
         return self.epoch - self.best_epoch
-
-
-def checkpoint_tensors(trainer: Trainer) -> dict[str, Tensor]:
-    """Every tensor that the rest of the run depends on, by name."""
-    found: dict[str, Tensor] = {f"model.{name}": p for name, p in trainer.trainable.items()}
-    found |= {f"best.{name}": tensor for name, tensor in trainer.best.items()}
-    for name, parameter in trainer.trainable.items():
-        for key, value in trainer.optimizer.state.get(parameter, {}).items():
-            found[f"optimizer.{name}.{key}"] = value
-    return {**found, "loss_sum": trainer.loss_sum}
-
-
-def checkpoint_settings(trainer: Trainer) -> dict[str, Any]:
-    """Everything else that the rest of the run depends on, as JSON."""
-    return {
-        "state": dataclasses.asdict(trainer.state),
-        "rows": trainer.rows,
-        "scaler": trainer.scaler.state_dict(),
-        "learning_rates": trainer.scheduler.get_last_lr(),
-    }
-
-
-@torch.no_grad()
-def restore(trainer: Trainer, tensors: dict[str, Tensor], settings: dict[str, Any]) -> None:
-    """Sets a new Trainer to where `checkpoint_tensors` and `checkpoint_settings` were taken."""
-    trainer.state = State(**settings["state"])
-    trainer.rows = settings["rows"]
-    trainer.loss_sum.copy_(tensors["loss_sum"])
-    trainer.scaler.load_state_dict(settings["scaler"])
-    trainer.scheduler.last_epoch = trainer.state.step
-    trainer.scheduler._last_lr = settings["learning_rates"]
-    for group, rate in zip(trainer.optimizer.param_groups, settings["learning_rates"], strict=True):
-        group["lr"] = rate
-    for name, parameter in trainer.trainable.items():
-        parameter.copy_(tensors[f"model.{name}"])
-        if f"best.{name}" in tensors:
-            trainer.best[name] = tensors[f"best.{name}"]
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            if f"optimizer.{name}.{key}" in tensors:
-                value = tensors[f"optimizer.{name}.{key}"].to(trainer.device)
-                trainer.optimizer.state[parameter][key] = value
