@@ -1,4 +1,4 @@
-# Every target sets up what it needs: a virtual environment with pinned versions, made once.
+# Every target sets up what it needs: a virtual environment with pinned versions, created once.
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
@@ -21,67 +21,70 @@ help:  ## list the targets
 	@echo '  make train RECIPE=minilm-agnews ARGS="--data FOLDER --set epochs=1"'
 	@echo '  make anatomy ARGS="runs/quickstart --against runs/which-* --full runs/full"'
 
-setup: $(VENV)/.run  ## make the virtual environment
+setup: $(VENV)/.run  ## create the virtual environment
 
 train: $(VENV)/.run  ## train a recipe; the quickstart takes minutes on two cores, no hub
 	$(if $(NPROC),$(VENV)/bin/torchrun --standalone --nproc-per-node $(NPROC) -m,$(RUN) -m) train --recipe $(RECIPE) $(ARGS)
 
-anatomy: $(VENV)/.run  ## see what the newest run's adapter learnt: a page, figures, numbers
+anatomy: $(VENV)/.run  ## what the newest run's adapter learned: a page, figures, numbers
 	$(RUN) -m train.anatomy $(ARGS)
 
-which: $(VENV)/.run  ## which weights to adapt? six runs at an equal number of parameters
-	for weights in q k v o qv qkvo; do \
-	  [ -f runs/which-$$weights/summary.json ] || $(RUN) -m train --recipe which-$$weights \
-	    $$([ -d runs/which-$$weights ] && echo --resume) $(ARGS) || exit; \
+# name:rank:targets, six choices of weights with the same number of LoRA parameters and scaling = alpha / r = 2
+WHICH := q:8:query k:8:key v:8:value o:8:attention.output.dense qv:4:query,value \
+	qkvo:2:query,key,value,attention.output.dense
+which: $(VENV)/.run  ## which weights to adapt? six runs with an equal number of parameters
+	for choice in $(WHICH); do set -- $$(echo $$choice | tr : ' '); run=runs/which-$$1; \
+	  [ -f $$run/summary.json ] || $(RUN) -m train --output $$run $$([ -d $$run ] && echo --resume) \
+	    --set r=$$2 --set lora_alpha=$$((2 * $$2)) --set target_modules=$$3 $(ARGS) || exit; \
 	done
 
 test: $(VENV)/.dev  ## run the tests
 	$(RUN) -m pytest $(ARGS)
 
-test-long: $(VENV)/.dev  ## the state machine of adapters at 2,000 random sequences
+test-long: $(VENV)/.dev  ## the state machine of adapters with 2,000 random sequences
 	MACHINE_EXAMPLES=2000 $(RUN) -m pytest tests/test_machine.py $(ARGS)
 
-soak: $(VENV)/.dev  ## kill runs at 50 random moments and compare what resumes, bit for bit
+soak: $(VENV)/.dev  ## kill runs at 50 random moments, resume them, and compare bit for bit
 	PYTHONPATH=tests:. $(RUN) tests/soak.py $(ARGS)
 
 test-peers: $(PEERS)/.run  ## the tests against PEFT, in an environment of its own
 	$(PEERS)/bin/python -m pytest tests/test_peft.py $(ARGS)
 
-bench: $(VENV)/.run  ## what LoRA costs and saves against full fine-tuning; minutes on two cores, no hub
+bench: $(VENV)/.run  ## what LoRA costs and saves against full fine-tuning; minutes on two cores
 	$(RUN) -m bench --save $(ARGS)
-	$(RUN) -m bench.readme
+	@$(RUN) -m bench.readme  # silent: the JSON is the last line of stdout
 
-bench-merging: $(PEERS)/.run  ## what merging rounds and how weights drift, beside PEFT
+bench-merging: $(PEERS)/.run  ## rounding of merges and drift of weights, beside PEFT
 	$(PEERS)/bin/python -m bench merging --save $(ARGS)
-	$(PEERS)/bin/python -m bench.readme
+	@$(PEERS)/bin/python -m bench.readme  # silent: the JSON is the last line of stdout
 
-bench-peers: $(PEERS)/.run bench-merging  ## a training step beside PEFT's: time, memory, the same gradients
+bench-peers: $(PEERS)/.run bench-merging  ## a training step beside PEFT's: time, memory, equal gradients
 	$(PEERS)/bin/python -m bench peers --save $(ARGS)
-	$(PEERS)/bin/python -m bench.readme
+	@$(PEERS)/bin/python -m bench.readme  # silent: the JSON is the last line of stdout
 
-bench-original: $(PEERS)/.run  ## an epoch as the original project runs it, beside ours; ARGS="--data FOLDER"
+bench-original: $(PEERS)/.run  ## an epoch by the original project's procedure, beside ours; ARGS="--data FOLDER"
 	$(PEERS)/bin/python -m bench original --save $(ARGS)
-	$(PEERS)/bin/python -m bench.readme
+	@$(PEERS)/bin/python -m bench.readme  # silent: the JSON is the last line of stdout
 
-bench-accuracy: $(VENV)/.run  ## full, LoRA by rank, head: twenty minutes; ARGS="--data FOLDER" adds AG News, two hours
+bench-accuracy: $(VENV)/.run  ## full, LoRA by rank, head: 20 minutes; ARGS="--data FOLDER" adds AG News, 2 hours
 	$(RUN) -m bench accuracy --save $(ARGS)
-	$(RUN) -m bench.readme
+	@$(RUN) -m bench.readme  # silent: the JSON is the last line of stdout
 
 lint: $(VENV)/.dev  ## check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-format: $(VENV)/.dev  ## put the code into the project's style
+format: $(VENV)/.dev  ## format the code
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-clean:  ## remove the virtual environment and caches; runs stay
+clean:  ## remove the virtual environments and caches; runs stay
 	rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache
 
 $(VENV)/bin/python $(PEERS)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo 'Python 3.11 or newer is needed; say which with make PYTHON=...'; exit 1; }
+		{ echo 'Python 3.11 or newer is needed; choose it with make PYTHON=...'; exit 1; }
 	$(PYTHON) -m venv $(@:/bin/python=)
 
 $(VENV)/.run: requirements.txt requirements-data.txt constraints.txt | $(VENV)/bin/python

@@ -1,4 +1,4 @@
-"""Which RoBERTa to adapt: where its weights and its tokenizer come from, and how it trains fast."""
+"""The base model: where its weights and tokenizer come from, and `speed_up`."""
 
 from model.base import HEAD, ModelError, load_base
 from model.fast import speed_up

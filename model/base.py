@@ -1,4 +1,4 @@
-"""Where the base model and its tokenizer come from: embedded, a folder, the hub, or random weights."""
+"""Loads the base model and its tokenizer: embedded, from a folder, from the hub, or with random weights."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import transformers
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
 
+from lora.errors import UserError
 from model.minilm import minilm_config, minilm_state, minilm_tokenizer
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EMBEDDED = "minilm"
-HEAD = ("classifier",)  # what RobertaForSequenceClassification initialises afresh
+HEAD = ("classifier",)  # the newly initialised module of RobertaForSequenceClassification
 _HUB_FILES = [
     "config.json",
     "model*.safetensors*",
@@ -34,8 +35,8 @@ _HUB_FILES = [
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt")
 
 
-class ModelError(RuntimeError):
-    """A base model that cannot be had or used; the message says what was tried and what works instead."""
+class ModelError(UserError, RuntimeError):
+    """A base model that cannot be loaded or used. The message says what was tried and what to use instead."""
 
 
 def load_base(
@@ -46,12 +47,12 @@ def load_base(
     dropout: float = 0.1,
     seed: int = 0,
 ) -> tuple[RobertaForSequenceClassification, PreTrainedTokenizerBase | None]:
-    """A RobertaForSequenceClassification in float32 and eval mode, with its tokenizer.
+    """Loads a RobertaForSequenceClassification in float32 and eval mode, and its tokenizer.
 
-    name: "minilm" (embedded), "random:minilm" or "random:roberta-base" (the right shapes, weights drawn
-    from `seed`; random:roberta-base has no tokenizer), a folder in the hub's layout, or a name on the hub.
-    labels: names for the outputs, num_labels of them. dropout: RoBERTa's own, hidden and attention.
-    seed: draws the classification head, where the source has none.
+    name: "minilm" (embedded), "random:minilm" or "random:roberta-base" (these shapes with weights drawn from
+    `seed`; random:roberta-base has no tokenizer), a folder in the hub's layout, or a name on the hub.
+    labels: num_labels names of the outputs. dropout: RoBERTa's own, hidden and attention. seed: for the
+    classification head, unless the source has one.
 
     Raises ModelError.
     """
@@ -115,15 +116,15 @@ def _roberta_base_config() -> RobertaConfig:
 
 def _from_folder(folder: Path, settings: dict[str, Any], seed: int) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder}: there is no config.json, so this is no model in the hub's layout")
+        raise ModelError(f"{folder}: there is no config.json, so this is not a model in the hub's layout")
     if not list(folder.glob("model*.safetensors")):
         raise ModelError(f"{folder}: there is no model.safetensors (pickled weights are not read)")
     if not _has_tokenizer(folder):
-        raise ModelError(f"{folder}: there is no tokenizer in it ({', '.join(_TOKENIZER_FILES)})")
+        raise ModelError(f"{folder}: there is no tokenizer ({', '.join(_TOKENIZER_FILES)})")
     try:
         config = AutoConfig.from_pretrained(folder)
         if config.model_type != "roberta":
-            raise ModelError(f"{folder}: a {config.model_type}, and this project adapts a roberta")
+            raise ModelError(f"{folder}: a {config.model_type} model; only roberta is supported")
         config.update(settings)
         torch.manual_seed(seed)
         model, report = RobertaForSequenceClassification.from_pretrained(
@@ -132,21 +133,19 @@ def _from_folder(folder: Path, settings: dict[str, Any], seed: int) -> tuple[Any
             dtype=torch.float32,
             use_safetensors=True,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # a head for other classes is replaced; others are refused below
+            ignore_mismatched_sizes=True,  # replaces a head for other classes; others are refused below
         )
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except ModelError:
         raise
-    except Exception as error:  # transformers, safetensors and tokenizers raise many kinds for a bad folder
+    except Exception as error:  # transformers, safetensors and tokenizers raise many types for a bad folder
         raise ModelError(f"{folder}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     misshapen = sorted(str(key) for key in report["mismatched_keys"] if "classifier." not in str(key))
     if misshapen:
-        raise ModelError(f"{folder}: not of the shapes that config.json says: {misshapen[0]}")
+        raise ModelError(f"{folder}: {misshapen[0]} does not have the shape given by config.json")
     missing = sorted(key for key in report["missing_keys"] if not key.startswith("classifier."))
     if missing:
-        raise ModelError(
-            f"{folder}: {len(missing)} weights of the encoder are missing, {missing[0]} among them"
-        )
+        raise ModelError(f"{folder}: {len(missing)} weights of the encoder are missing, such as {missing[0]}")
     if len(tokenizer) > config.vocab_size:
         raise ModelError(
             f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}"
@@ -159,7 +158,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _fetch(name: str) -> Path:
-    """The hub's files for `name`, from the cache if they are there."""
+    """The folder with the hub's files for `name`, from the cache if it has them all."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{name}: there is no such folder")
     try:
@@ -169,25 +168,25 @@ def _fetch(name: str) -> Path:
         if list(folder.glob("model*.safetensors")) and _has_tokenizer(folder):
             return folder
     except HFValidationError as error:
-        raise ModelError(f"{name!r} is neither a folder nor a name that the hub could have") from error
-    except Exception:  # not in the cache, or only in part: ask the hub
+        raise ModelError(f"{name!r} is neither a folder nor a valid name on the hub") from error
+    except Exception:  # not in the cache, or only in part: download
         pass
     endpoint = huggingface_hub.constants.ENDPOINT
     try:
-        huggingface_hub.HfApi().model_info(name, timeout=10)  # fails at once where the download would retry
+        huggingface_hub.HfApi().model_info(name, timeout=10)  # fails at once; the download would retry
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
     except RepositoryNotFoundError as error:
         reason = f"{endpoint} has no public model of that name"
         raise ModelError(_unavailable(name, reason)) from error
-    except Exception as error:  # httpx, OSError and the hub's own, by what failed and when
+    except Exception as error:  # from httpx, OSError or huggingface_hub, depending on what failed
         reason = f"{endpoint} cannot be reached ({str(error).strip().splitlines()[0]})"
         raise ModelError(_unavailable(name, reason)) from error
 
 
 def _unavailable(name: str, reason: str) -> str:
     return (
-        f"{name}: there is no folder of that name here, none whole in the hub's cache, and {reason}.\n"
-        "What works without the hub:\n"
+        f"{name}: there is no such folder, no complete model in the hub's cache, and {reason}.\n"
+        "Without the hub, use\n"
         "  a folder  --model FOLDER, with config.json, model.safetensors and the tokenizer's files\n"
         "  the quickstart  make train, with the embedded model and news"
     )
@@ -195,7 +194,7 @@ def _unavailable(name: str, reason: str) -> str:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Draws inside come from `seed`; the caller's generator is left where it was."""
+    """Context in which random numbers are drawn from `seed`. The caller's generator is unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
@@ -203,7 +202,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No notes on a new classification head, which is meant, and no bars for files already here."""
+    """Context without the warning about a new classification head and without progress bars."""
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity(logging.ERROR)
     transformers.logging.disable_progress_bar()

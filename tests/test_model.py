@@ -75,7 +75,7 @@ def test_a_folder_loads_with_its_tokenizer_and_a_head_drawn_from_the_seed(hub_fo
         (lambda folder: (folder / "model.safetensors").write_bytes(b"cut"), "cannot be loaded"),
         (lambda folder: (folder / "config.json").write_text('{"model_type": "bert"}'), "a bert"),
         (lambda folder: _edit_config(folder, num_hidden_layers=3), "missing"),
-        (lambda folder: _edit_config(folder, hidden_size=64), "not of the shapes"),
+        (lambda folder: _edit_config(folder, hidden_size=64), "does not have the shape"),
         (lambda folder: [(folder / name).unlink() for name in ("vocab.json", "merges.txt")], "no tokenizer"),
     ],
 )

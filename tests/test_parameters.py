@@ -1,14 +1,14 @@
-"""The ledger: who trains, counted. The README's table stands on these numbers."""
+"""Parameter counts by role. The documentation's table has these numbers."""
 
-import dataclasses
+import re
+from pathlib import Path
 
 import torch
 
 from lora import count_parameters, eject, inject, save_adapter
-from lora.modules import train_only
-from lora.modules import lora_layers
+from lora.modules import lora_layers, train_only
 from model import load_base
-from train.config import load_recipe
+from train.config import load_recipe, parse_setting
 
 
 def test_roberta_base_has_the_published_counts(tmp_path):
@@ -17,13 +17,13 @@ def test_roberta_base_has_the_published_counts(tmp_path):
     model, tokenizer = load_base("random:roberta-base", num_labels=4)
     assert tokenizer is None
     inject(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.1, modules_to_save=("classifier",)))
-    ledger = count_parameters(model)
-    assert ledger.lora == 12 * 2 * 8 * (768 + 768) == 294_912
-    assert ledger.head == 768 * 768 + 768 + 768 * 4 + 4 == 593_668
-    assert ledger.trainable == 888_580
-    assert ledger.total == 124_943_620
-    assert ledger.frozen == ledger.total - ledger.trainable
-    assert "888,580" in str(ledger)
+    counts = count_parameters(model)
+    assert counts.lora == 12 * 2 * 8 * (768 + 768) == 294_912
+    assert counts.head == 768 * 768 + 768 + 768 * 4 + 4 == 593_668
+    assert counts.trainable == 888_580
+    assert counts.total == 124_943_620
+    assert counts.frozen == counts.total - counts.trainable
+    assert "888,580" in str(counts)
 
     save_adapter(model, tmp_path, base="random:roberta-base")
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 3_600_000
@@ -51,16 +51,17 @@ def test_frozen_weights_get_no_gradient(model, config, input_ids):
     assert all(torch.isfinite(p.grad).all() for p in trained)
 
 
-def test_the_six_recipes_of_which_weights_spend_the_same():
-    """On other weights and at other ranks, with one scaling, so that the weights are all that differs."""
+def test_make_which_compares_six_choices_of_weights_at_equal_cost():
+    """Different weights and ranks, with one scaling and one number of parameters."""
+    makefile = (Path(__file__).parent.parent / "Makefile").read_text()
+    listed = makefile.partition("WHICH :=")[2].partition("\nwhich:")[0]
+    choices = re.findall(r"(\w+):(\d+):([\w.,]+)", listed)
+    assert [name for name, _, _ in choices] == ["q", "k", "v", "o", "qv", "qkvo"]
     model, _ = load_base("random:minilm", num_labels=5)
-    scalings, settings = set(), set()
-    for name in ("q", "k", "v", "o", "qv", "qkvo"):
-        _, recipe = load_recipe(f"which-{name}")
+    for _, r, targets in choices:
+        settings = (f"r={r}", f"lora_alpha={2 * int(r)}", f"target_modules={targets}")
+        _, recipe = load_recipe("quickstart", dict(map(parse_setting, settings)))
         inject(model, recipe.lora_config())
         assert count_parameters(model).lora == 6 * 8 * (384 + 384) == 36_864
-        scalings |= {layer.scaling for layer in lora_layers(model).values()}
-        settings.add(dataclasses.replace(recipe, r=8, lora_alpha=16, target_modules=("query", "value")))
+        assert {layer.scaling for layer in lora_layers(model).values()} == {2.0}
         eject(model)
-    assert scalings == {2.0}
-    assert settings == {load_recipe("quickstart")[1]}

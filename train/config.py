@@ -1,4 +1,4 @@
-"""A recipe: everything that decides a run, read from TOML and checked as a whole."""
+"""A recipe: all settings of a run, read from TOML and validated."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lora import LoraConfig
+from lora.errors import UserError
 from model import HEAD
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -20,17 +21,17 @@ METHODS = ("lora", "full", "head")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 
-class RecipeError(ValueError):
-    """A recipe that cannot be run; the message names the field."""
+class RecipeError(UserError, ValueError):
+    """A recipe that cannot be run. The message names the field."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The settings of a run. Raises RecipeError on a field of the wrong type or outside its range."""
+    """The settings of a run. Raises RecipeError if a field has the wrong type or is out of range."""
 
     model: str = "minilm"
     data: str = "bbc"
-    method: str = "lora"  # lora | full (every weight) | head (the classification head alone)
+    method: str = "lora"  # lora | full (every weight) | head (only the classification head)
     seed: int = 0
 
     r: int = 8
@@ -41,25 +42,24 @@ class Recipe:
     use_rslora: bool = False
 
     epochs: int = 3
-    batch_size: int = 32  # rows of a forward pass, over all processes
-    accumulation_steps: int = 1  # batches of an optimizer step
+    batch_size: int = 32  # rows per forward pass, over all processes
+    accumulation_steps: int = 1  # batches per optimizer step
     learning_rate: float = 1e-3
-    weight_decay: float = 0.01  # of matrices; biases and layer norms do not decay
-    warmup_fraction: float = 0.1  # of all steps, linear; then half a cosine to zero
+    weight_decay: float = 0.01  # of matrices; none for biases and layer norms
+    warmup_fraction: float = 0.1  # of all steps, linear; followed by a cosine decay to zero
     label_smoothing: float = 0.1
     max_gradient_norm: float = 1.0  # 0: no clipping
     max_length_tokens: int = 128
 
-    gradient_checkpointing: bool = False  # keep a layer's input alone and compute the rest twice: less memory
-    compile: bool = False  # torch.compile, over a few padded lengths: unmeasured, for want of a GPU, so off
+    gradient_checkpointing: bool = False  # save only each layer's input and compute the rest twice
     precision: str = "auto"  # auto | fp32 | bf16 | fp16
     device: str = "auto"  # auto | cpu | cuda | cuda:N
-    deterministic: bool = False  # on CUDA the same bits every time, slower; the CPU always gives them
-    validation_fraction: float = 0.1  # of the training rows; bbc has a fixed one
+    deterministic: bool = False  # bitwise reproducible on CUDA too, slower; the CPU always is
+    validation_fraction: float = 0.1  # of the training rows; bbc has a fixed validation part
     early_stopping_epochs: int = 0  # epochs without a lower validation loss before stopping; 0: never
     checkpoint_every_steps: int = 200
-    log_every_steps: int = 10  # and the first one
-    telemetry: bool = True  # log sizes, ranks and gradients of each adapted layer as well
+    log_every_steps: int = 10  # and the first step
+    telemetry: bool = True  # also log size, rank and gradients of each adapted layer
     max_train_examples: int = 0  # 0: all
 
     def __post_init__(self) -> None:
@@ -85,7 +85,7 @@ class Recipe:
         _in_range("seed", self.seed, 0, 2**32, below=True)
         _in_range("learning_rate", self.learning_rate, 0, math.inf, above=True)
         _in_range("validation_fraction", self.validation_fraction, 0, 1, above=True, below=True)
-        _in_range("max_length_tokens", self.max_length_tokens, 3, math.inf)  # a start, an end and a word
+        _in_range("max_length_tokens", self.max_length_tokens, 3, math.inf)  # start, one token, end
         if not (self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdecimal()):
             raise RecipeError(f"device: {self.device!r} is not auto, cpu, cuda or cuda:N")
         try:
@@ -94,7 +94,7 @@ class Recipe:
             raise RecipeError(str(error)) from error
 
     def lora_config(self) -> LoraConfig:
-        """The adapter that this recipe trains."""
+        """The config of the adapter that this recipe trains."""
         return LoraConfig(
             r=self.r,
             lora_alpha=self.lora_alpha,
@@ -105,15 +105,16 @@ class Recipe:
         )
 
     def to_toml(self) -> str:
-        """The recipe, whole, in TOML."""
+        """All fields of the recipe in TOML."""
         fields = dataclasses.asdict(self)
         return "".join(f"{name} = {json.dumps(value)}\n" for name, value in fields.items())
 
 
 def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> tuple[str, Recipe]:
-    """The recipe called `name`, or in the TOML file `name`, with `changes` on top; and its short name.
+    """The short name and the fields of the recipe called `name`, or of the TOML file `name`.
 
-    Raises RecipeError on an unknown recipe, a file that is not TOML, a misspelt field or a bad value.
+    changes: fields that override the file's. Raises RecipeError if the recipe is unknown, the file is not
+    TOML, a field is misspelt or a value is invalid.
     """
     path = RECIPES / f"{name}.toml"
     if not path.is_file():
@@ -134,7 +135,7 @@ def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> tuple[st
 
 
 def make_recipe(fields: Mapping[str, Any]) -> Recipe:
-    """A Recipe from a mapping. Raises RecipeError; for a misspelt field it names the nearest one."""
+    """A Recipe from a mapping. Raises RecipeError, which suggests the nearest name for a misspelt field."""
     known = [field.name for field in dataclasses.fields(Recipe)]
     for name in fields:
         if name not in known:
@@ -143,9 +144,9 @@ def make_recipe(fields: Mapping[str, Any]) -> Recipe:
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
-    """`key=value` from the command line. The value is read as TOML; anything else is text.
+    """Parses `key=value` from the command line. A value that is not TOML is text.
 
-    Names with commas between them are a list, so that `target_modules=query,value` needs no quotes.
+    Comma-separated target_modules are a list, so that `target_modules=query,value` needs no quotes.
     Raises RecipeError.
     """
     key, separator, text = setting.partition("=")

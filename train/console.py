@@ -1,4 +1,4 @@
-"""What a run says while it goes: metrics.jsonl, a progress bar on a terminal, quiet lines elsewhere."""
+"""The output of a running job: metrics.jsonl, a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 
 class Console:
-    """Writes metric lines to `path` and shows progress on stderr, in rows trained on."""
+    """Writes metric lines to `path` and shows progress, in rows trained on, on stderr."""
 
     def __init__(self, path: Path, total_rows: int, done_rows: int, keep_lines: int):
         self._file = _open_after(path, keep_lines)
@@ -29,7 +29,7 @@ class Console:
         )
 
     def step(self, done_rows: int, line: dict[str, Any] | None) -> None:
-        """After a step; `line` is what is logged of it, if anything."""
+        """Shows the progress after a step, and logs `line` if there is one."""
         self._bar.update(done_rows - self._bar.n if self._terminal else 0)
         if line is None:
             return
@@ -44,11 +44,11 @@ class Console:
             self.say(f"epoch {line['epoch']:.0f}  step {line['step']}  {loss}{accuracy}")
 
     def say(self, text: str) -> None:
-        """A line above the bar."""
+        """Prints lines above the progress bar."""
         self._bar.write(text, file=sys.stderr)
 
     def sync(self) -> None:
-        """Makes sure that every line so far is on the disk."""
+        """Syncs the log to disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -57,7 +57,7 @@ class Console:
 
 
 class SilentConsole:
-    """A Console for the processes that have nothing to say."""
+    """A Console that does nothing, for all processes but the first."""
 
     lines = 0
 
@@ -71,9 +71,10 @@ class SilentConsole:
 
 
 def _open_after(path: Path, lines: int) -> Any:
-    """The file, cut after its first `lines` lines, to append to.
+    """Opens the file for appending, truncated after its first `lines` lines.
 
-    Cut where it lies: those lines are there at every moment, for another process and for a kill.
+    The file is truncated in place, so that these lines exist at every moment, for another process and
+    after a kill.
     """
     kept = path.read_bytes().splitlines(keepends=True)[:lines] if path.is_file() else []
     file = path.open("a", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Labelled news: the embedded corpus, the hub's data sets, or a folder of CSVs, as three splits."""
+"""Labelled news in three splits: the embedded corpus, a dataset on the hub, or a folder of CSV files."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub import HfApi
 from huggingface_hub import constants as hub_constants
 
+from lora.errors import UserError
 from train.bbc import read_bbc
 
 AG_NEWS_ON_HUB = "fancyzhx/ag_news"
 
 
-class DataError(ValueError):
-    """Data that cannot be had or used; the message says which file and line, and what is wrong there."""
+class DataError(UserError, ValueError):
+    """Data that cannot be read or used. The message names the file, the line and the problem."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class News:
     labels: tuple[str, ...]
 
     def digest(self) -> str:
-        """sha256 over every row of every split: two runs on the same data agree on it."""
+        """The SHA-256 over every row of every split, which identifies the data of a run."""
         sha = hashlib.sha256(repr(self.labels).encode())
         for split in (self.train, self.validation, self.test):
             for text, label in zip(split["text"], split["label"], strict=True):
@@ -44,12 +45,12 @@ class News:
 
 
 def load_news(name: str, validation_fraction: float, seed: int, max_train_examples: int = 0) -> News:
-    """Labelled news by name: "bbc" (embedded), "ag_news" or another data set of the hub, or a folder.
+    """Loads labelled news by name: "bbc" (embedded), "ag_news" or another dataset on the hub, or a folder.
 
-    A folder holds train.csv and test.csv in AG's own format (class from 1, title, description, no
-    header; the class names in classes.txt) or with a header `text,label`. Validation rows are cut from
-    the training rows, stratified and by `seed`; bbc has a fixed validation part. `max_train_examples`
-    keeps that many training rows, drawn by `seed`; 0 keeps all.
+    A folder contains train.csv and test.csv, either in AG's format (class from 1, title, description, no
+    header; class names in classes.txt) or with a header `text,label`. Validation rows are split off the
+    training rows, stratified and by `seed`; bbc has a fixed validation part. max_train_examples: the number
+    of training rows to keep, drawn by `seed`; 0 keeps all.
 
     Raises DataError.
     """
@@ -63,7 +64,7 @@ def load_news(name: str, validation_fraction: float, seed: int, max_train_exampl
         else:
             train, test, labels = _read_hub(name)
         _refuse_too_few(name, train, labels)
-        # At least a row a class on both sides, whatever the fraction.
+        # At least one row per class on both sides, whatever the fraction.
         size = min(max(round(validation_fraction * len(train)), len(labels)), len(train) - len(labels))
         parts = train.train_test_split(test_size=size, stratify_by_column="label", seed=seed)
         train, validation = parts["train"], parts["test"]
@@ -74,14 +75,17 @@ def load_news(name: str, validation_fraction: float, seed: int, max_train_exampl
 
 def _refuse_too_few(name: str, train: Dataset, labels: tuple[str, ...]) -> None:
     if len(labels) < 2:
-        raise DataError(f"{name}: a single class, {labels[0]!r}: there is nothing to tell apart")
+        raise DataError(f"{name}: it has a single class, {labels[0]!r}; a classifier needs two or more")
     counts = Counter(train["label"])
     if len(train) < 2 * len(labels):
-        raise DataError(f"{name}: {len(train)} training rows for {len(labels)} classes; at least two a class")
+        raise DataError(
+            f"{name}: {len(train)} training rows for {len(labels)} classes; at least 2 per class are needed"
+        )
     for index, label in enumerate(labels):
         if counts[index] < 2:
             raise DataError(
-                f"{name}: class {label!r} has {counts[index]} training rows; at least 2, one for validation"
+                f"{name}: class {label!r} has {counts[index]} training rows; at least 2 are needed, one of "
+                "them for validation"
             )
 
 
@@ -101,26 +105,26 @@ def _read_folder(folder: Path) -> tuple[Dataset, Dataset, tuple[str, ...]]:
 
 
 def _class_names(path: Path) -> tuple[str, ...]:
-    """The lines of classes.txt, or none where there is no such file."""
+    """The lines of classes.txt, or nothing if there is no such file."""
     if not path.is_file():
         return ()
     names = tuple(line.strip() for line in _decode(path).splitlines() if line.strip())
     if len(set(names)) != len(names):
-        raise DataError(f"{path}: a class stands there twice")
+        raise DataError(f"{path}: it lists a class twice")
     if not names:
-        raise DataError(f"{path}: no class in it")
+        raise DataError(f"{path}: it lists no class")
     return names
 
 
 def _read_csv(path: Path, names: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """The texts and class names of one file. Without `names`, a class is called what the file calls it."""
+    """The texts and class names of one file. Without `names`, the classes are the file's own labels."""
     if not path.is_file():
-        raise DataError(f"{path}: there is no such file; a data folder holds train.csv and test.csv")
+        raise DataError(f"{path}: there is no such file; a data folder contains train.csv and test.csv")
     texts: list[str] = []
     classes: list[str] = []
     reader = csv.reader(_decode(path).splitlines(keepends=True), strict=True)
     header: list[str] | None = None
-    line = 1  # where the row begins; the reader counts where it ends
+    line = 1  # the first line of the row; the reader counts the last one
     try:
         for row in reader:
             where, line = f"{path}:{line}", reader.line_num + 1
@@ -142,7 +146,7 @@ def _read_csv(path: Path, names: tuple[str, ...]) -> tuple[list[str], list[str]]
     except csv.Error as error:
         raise DataError(f"{path}:{line}: not CSV: {error}") from error
     if not texts:
-        raise DataError(f"{path}: no rows in it")
+        raise DataError(f"{path}: it has no rows")
     return texts, classes
 
 
@@ -160,13 +164,13 @@ def _labelled_row(where: str, row: list[str], header: list[str], names: tuple[st
 def _ag_row(where: str, row: list[str], names: tuple[str, ...]) -> tuple[str, str]:
     if len(row) != 3:
         raise DataError(
-            f"{where}: {len(row)} columns, and class, title, description are 3 (or give a header text,label)"
+            f"{where}: {len(row)} columns instead of class, title, description (or give a header text,label)"
         )
     number, title, description = (cell.strip() for cell in row)
     allowed = f"1..{len(names)}" if names else "1, 2, 3, …"
     if not re.fullmatch("[1-9][0-9]{0,5}", number) or (names and int(number) > len(names)):
         raise DataError(f"{where}: class {number!r} is not one of {allowed}")
-    # Joined as the hub's ag_news joins them.
+    # Joined as in the hub's ag_news.
     return " ".join(filter(None, (title, description))), names[int(number) - 1] if names else number
 
 
@@ -216,19 +220,19 @@ def _read_hub(name: str) -> tuple[Dataset, Dataset, tuple[str, ...]]:
 
 
 def _fetch(name: str) -> Any:
-    """The hub's data set, from the cache if it is there."""
+    """The dataset from the hub, or from its cache."""
     try:
         try:
-            HfApi().dataset_info(name, timeout=10)  # fails at once where the download would retry
+            HfApi().dataset_info(name, timeout=10)  # fails at once; the download would retry
         except Exception as error:
             return _from_cache(name, error)
         return datasets.load_dataset(name)
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise DataError(
-            f"{name}: there is no folder of that name here, none in the hub's cache, and "
-            f"{hub_constants.ENDPOINT} did not give it ({reason}).\n"
-            "What works without the hub:\n"
+            f"{name}: there is no such folder, no such dataset in the hub's cache, and "
+            f"{hub_constants.ENDPOINT} did not provide it ({reason}).\n"
+            "Without the hub, use\n"
             "  a folder  --data FOLDER, with train.csv and test.csv\n"
             "  the embedded news  --data bbc"
         ) from error
@@ -236,7 +240,7 @@ def _fetch(name: str) -> Any:
 
 def _from_cache(name: str, unreachable: Exception) -> Any:
     before = datasets.config.HF_HUB_OFFLINE
-    datasets.config.HF_HUB_OFFLINE = True  # with no hub to reach, load_dataset would retry for half a minute
+    datasets.config.HF_HUB_OFFLINE = True  # otherwise load_dataset retries for half a minute
     try:
         return datasets.load_dataset(name)
     except Exception:

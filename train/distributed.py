@@ -1,7 +1,7 @@
-"""One process among several, as torchrun starts them; a world of one where it did not.
+"""The processes that torchrun started, or a single process.
 
-What is agreed on goes over gloo on the CPU, so that agreeing never makes a GPU wait; gradients and sums
-of losses go over the device's own engine (NCCL on CUDA, gloo on the CPU).
+Control values are exchanged over gloo on the CPU, so that they never make a GPU wait. Gradients and losses
+are summed over the device's own backend (NCCL on CUDA, gloo on the CPU).
 """
 
 from __future__ import annotations
@@ -19,52 +19,52 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """Where a process stands: `rank` of `size`; `main` alone writes files and talks."""
+    """A process' `rank` among `size` processes. Only the main process writes files and prints."""
 
     rank: int = 0
     size: int = 1
-    agreeing: Any = None  # the gloo group
+    control_group: Any = None  # gloo
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     def max_over_processes(self, value: int) -> int:
-        """The largest of every process's `value`: true everywhere if it is true somewhere."""
+        """The largest `value` of all processes."""
         if self.size == 1:
             return value
-        agreed = torch.tensor(value)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX, group=self.agreeing)
-        return int(agreed)
+        largest = torch.tensor(value)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.control_group)
+        return int(largest)
 
     def sum_over_processes_(self, tensor: Tensor) -> Tensor:
-        """Adds up `tensor` over all processes, in place, on its own device."""
+        """Sums `tensor` over all processes, in place, on its device."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def barrier(self) -> None:
-        """Until every process is here."""
+        """Waits until every process has reached this call."""
         if self.size > 1:
-            dist.barrier(group=self.agreeing)
+            dist.barrier(group=self.control_group)
 
 
 SINGLE_PROCESS = World()
 
 
 def local_rank() -> int:
-    """Which of this machine's processes this is."""
+    """The rank among the processes on this machine."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def env_rank() -> int:
-    """The rank that torchrun gave, before anything is set up."""
+    """The rank that torchrun set, available before `join_world`."""
     return int(os.environ.get("RANK", "0"))
 
 
 @contextmanager
 def join_world(device: torch.device) -> Iterator[World]:
-    """The processes that torchrun started, joined; a world of one otherwise."""
+    """Context in which the processes that torchrun started communicate; otherwise a single process."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         yield SINGLE_PROCESS

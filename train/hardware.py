@@ -1,4 +1,4 @@
-"""What the hardware has: the device and the precision that a run uses, and the memory it took."""
+"""The hardware: the device and precision of a run, its memory allocation, and its peak memory."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from model.fast import DTYPES
 from train.config import Recipe, RecipeError
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # from malloc.h
 
 
 def resolve_device(name: str, local_rank: int = 0) -> torch.device:
-    """The device of a recipe; "auto" is CUDA where there is one. Raises RecipeError if it is not there.
+    """The device of a recipe. "auto" is CUDA if available. Raises RecipeError if there is no such device.
 
-    local_rank: of several processes on one machine, each takes the GPU of its number.
+    local_rank: the index of the GPU for "cuda", since each process on a machine uses its own.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -30,12 +30,12 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
         name = f"cuda:{local_rank}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RecipeError(f'device: there is no {name} here; device = "auto" takes what there is')
+        raise RecipeError(f'device: there is no {name} here; device = "auto" uses what is available')
     return device
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """fp32, bf16 or fp16. "auto" is bf16 where the hardware computes in it, else fp16 on CUDA, else fp32."""
+    """fp32, bf16 or fp16. "auto" is bf16 if the hardware supports it, else fp16 on CUDA, else fp32."""
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -47,25 +47,25 @@ def resolve_precision(name: str, device: torch.device) -> str:
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """Mixed precision: products in the given precision, the rest in float32."""
+    """Context for mixed precision: matrix products in the given precision, the rest in float32."""
     if precision == "fp32":
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype=DTYPES[precision])
 
 
 def set_deterministic(recipe: Recipe, device: torch.device) -> None:
-    """The same bits every time on CUDA too, if the recipe asks for it."""
+    """Makes CUDA bitwise reproducible if the recipe asks for it."""
     if recipe.deterministic and device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what a step frees for the next one; elsewhere it does nothing.
+    """Makes glibc's malloc keep freed memory for the next step. Does nothing with another C library.
 
-    By default large tensors go back to the system when they are freed, and the next step waits for it to
-    hand out zeroed pages again: an eighth of full fine-tuning's step, a hundredth of LoRA's
-    (bench/NOTES.md). The peak of memory stays within some percent; between peaks less is given back.
+    By default malloc returns large freed tensors to the system, and the next step waits for zeroed pages:
+    an eighth of a step of full fine-tuning, a hundredth of LoRA's (bench/NOTES.md). Peak memory stays within
+    a few percent.
     """
     if platform.libc_ver()[0] != "glibc":
         return
@@ -76,10 +76,10 @@ def keep_freed_memory() -> None:
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """The CPU computes on one thread inside.
+    """Context in which torch uses one CPU thread.
 
-    A decomposition of a few hundred rows is thousands of small steps: threads that wait for each other
-    after each of them gain nothing on an idle machine and lose tenfold on a busy one.
+    Decomposing a matrix of a few hundred rows takes thousands of small steps. Threads that synchronise after
+    each of them gain nothing on an idle machine and are ten times slower on a busy one.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -90,7 +90,7 @@ def one_thread() -> Iterator[None]:
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words."""
+    """The name of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = torch.cpu.get_capabilities().get("cpu_name") or "CPU"
@@ -98,7 +98,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most memory taken so far: the allocator's peak on CUDA, the process's resident set on the CPU."""
+    """The peak memory so far: of the allocator on CUDA, of the process' resident set on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
