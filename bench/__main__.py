@@ -1,10 +1,11 @@
-"""python -m bench: what LoRA costs and saves. A table to read, and JSON on the last line of stdout."""
+"""python -m bench: measures what LoRA costs and saves. Prints tables, and JSON as the last line."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
+import subprocess
 import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
@@ -15,12 +16,12 @@ import torch
 
 from bench import accuracy, anatomy, growth, inference, memory, merging, original, peers, recipes, throughput
 from bench.readme import RESULTS
-from lora.files import write_atomically
+from lora.storage import write_atomically
+from train.command import run_command
 from train.data import DataError, load_news
 from train.hardware import device_name, keep_freed_memory, resolve_device
-from train.runs import RunError
 
-# Each has run(quick) -> dict and table(result) -> str; figures(result, folder) where it draws.
+# Each has run(quick) -> dict and table(result) -> str, and figures(result, folder) if it draws.
 PARTS: dict[str, Any] = {
     "throughput": throughput,
     "memory": memory,
@@ -33,26 +34,27 @@ PARTS: dict[str, Any] = {
     "recipes": recipes,
     "anatomy": anatomy,
 }
-AS_IT_COMES = ("original",)  # memory allocation as the original's users have it
-WITH_DATA = ("original", "accuracy", "recipes")  # whose run takes AG News as well
-WITH_RIVALS = ("merging", "peers")  # which leave out what is not installed
-ALL = ("throughput", "memory", "inference", "growth")  # what "all" runs: minutes, and no peer needed
+DEFAULT_ALLOCATION = ("original",)  # measured with malloc's defaults, as the original's users have it
+WITH_DATA = ("original", "accuracy", "recipes")  # whose run() also takes AG News
+WITH_BASELINES = ("merging", "peers")  # which leave out baselines that are not installed
+ALL = ("throughput", "memory", "inference", "growth")  # the parts of "all": minutes, without baselines
+_ROOT = Path(__file__).parent.parent
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs one part or all, prints tables and then JSON; --save keeps JSON and figures in bench/results."""
+    """Exit codes: 0 success, 1 results that could not be saved, 2 an error that the message explains."""
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument(
         "part", nargs="?", default="all", choices=["all", *PARTS], help="all: " + ", ".join(ALL)
     )
-    parser.add_argument("--quick", action="store_true", help="less of everything: to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="a short run, to see that it works")
     parser.add_argument(
-        "--save", action="store_true", help="keep JSON and figures; those of a quick run are not"
+        "--save", action="store_true", help="save JSON and figures in bench/results; not of a quick run"
     )
     parser.add_argument(
         "--data",
         metavar="D",
-        help="AG News for original, accuracy, recipes: a folder of CSVs, or a hub's data set",
+        help="AG News for original, accuracy, recipes: a folder of CSV files, or a dataset on the hub",
     )
     options = parser.parse_args(arguments)
     if options.data is not None:
@@ -64,64 +66,65 @@ def main(arguments: list[str] | None = None) -> int:
             parser.error(f"--data: {error}")
         if Path(options.data).is_dir():
             options.data = str(Path(options.data).resolve())
+    return run_command(lambda: _measure(options))
+
+
+def _measure(options: argparse.Namespace) -> int:
     folder = results_folder(resolve_device("auto"))
     lost = _would_lose(folder / f"{options.part}.json", options.data)
     if options.save and not options.quick and lost:
-        print(f"{options.part}: not kept, for {folder / options.part}.json has {lost} too", file=sys.stderr)
+        path = folder / f"{options.part}.json"
+        print(f"{options.part}: not saved, because {path} also has {lost}", file=sys.stderr)
         options.save = False
-    if options.part not in AS_IT_COMES:
+    if options.part not in DEFAULT_ALLOCATION:
         keep_freed_memory()
     names = ALL if options.part == "all" else (options.part,)
+    environment = _environment()
     results = {}
     failed = False
     for number, name in enumerate(names, 1):
         print(f"part {number} of {len(names)}: {name}", file=sys.stderr)
         started = time.perf_counter()
         part = PARTS[name]
-        try:
-            result = {"part": name, "quick": options.quick, **_surroundings(), **_run(part, options)}
-        except RunError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+        result = {"part": name, "quick": options.quick, **environment, **_run(part, options)}
         if options.data is not None:
             result["given_data"] = Path(options.data).name
         print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
         print(f"{name}\n\n{part.table(result)}\n" if len(names) > 1 else part.table(result))
         if options.save and options.quick:
-            print(f"{name}: a quick run is not kept", file=sys.stderr)
+            print(f"{name}: a quick run is not saved", file=sys.stderr)
         elif options.save:
             try:
                 _save(part, result, folder)
             except OSError as error:
-                print(f"error: not kept: {error}", file=sys.stderr)
+                print(f"error: not saved: {error}", file=sys.stderr)
                 failed = True
         results[name] = result
-    whole = {"part": "all", **results} if options.part == "all" else results[options.part]
-    print(json.dumps(whole))
+    print(json.dumps({"part": "all", **results} if options.part == "all" else results[options.part]))
     return int(failed)
 
 
 def _run(part: Any, options: argparse.Namespace) -> dict[str, Any]:
-    found = part.run(options.quick, options.data) if options.part in WITH_DATA else part.run(options.quick)
-    return dict(found)
+    result = part.run(options.quick, options.data) if options.part in WITH_DATA else part.run(options.quick)
+    return dict(result)
 
 
 def _would_lose(path: Path, data: str | None) -> str:
-    """What the results there have and a run without that data or those packages has not; else empty."""
+    """The data or packages that the saved results have and a run without them would lose, or ""."""
     if not path.is_file():
         return ""
     try:
-        kept = json.loads(path.read_text())
-    except ValueError:  # damaged: nothing to lose
+        saved = json.loads(path.read_text())
+    except ValueError:  # a damaged file has nothing to lose
         return ""
-    lost = [kept["given_data"]] if kept.get("given_data") and data is None else []
-    if kept["part"] in WITH_RIVALS:
-        lost += kept["versions"].keys() - _surroundings()["versions"].keys()
+    lost = [saved["given_data"]] if saved.get("given_data") and data is None else []
+    if saved["part"] in WITH_BASELINES:
+        lost += saved["versions"].keys() - _environment()["versions"].keys()
     return ", ".join(lost)
 
 
 def results_folder(device: torch.device) -> Path:
-    """Where results of this kind of device lie: bench/results for the CPU, bench/results/cuda for CUDA."""
+    """The folder of results: bench/results for the CPU, bench/results/cuda for CUDA."""
     return RESULTS if device.type == "cpu" else RESULTS / device.type
 
 
@@ -132,7 +135,8 @@ def _save(part: Any, result: dict[str, Any], folder: Path) -> None:
         part.figures(result, folder)
 
 
-def _surroundings() -> dict[str, Any]:
+def _environment() -> dict[str, Any]:
+    """What a result depends on: the commit, the machine, and the versions of packages."""
     versions = {}
     for package in ("torch", "transformers", "peft", "loralib"):
         try:
@@ -140,10 +144,29 @@ def _surroundings() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return {
+        **_checkout(),
         "device": device_name(resolve_device("auto")),
         "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version(), **versions},
     }
+
+
+def _checkout() -> dict[str, Any]:
+    """The commit, and whether the tree was clean; both None outside a Git checkout.
+
+    Saved results and the pages made from them do not count as changes, so that several parts can be
+    measured one after another.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(_ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--", ".", ":!bench/results", ":!*.md")
+        return {"commit": git("rev-parse", "HEAD"), "clean_tree": not changes}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": None, "clean_tree": None}
 
 
 if __name__ == "__main__":

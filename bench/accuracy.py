@@ -1,13 +1,14 @@
-"""Accuracy against what trains: full fine-tuning, LoRA by rank, the head alone.
+"""Accuracy by method: full fine-tuning, LoRA by rank, the head alone.
 
-Every cell is a run of `python -m train` in a process of its own, in runs/accuracy: a finished one is not
-run again, a stopped one goes on. On the CPU as many run side by side as there are cores, a thread each,
-which is done sooner than one after another on all cores.
+Every cell is a run of `python -m train` in its own process and in runs/accuracy. A finished run is not
+repeated, and a stopped one is resumed. On the CPU one run per core, with one thread each, runs at a time,
+which is faster than one run after another on all cores.
 
-The learning rate of each mode is the one of lowest validation loss on seed 0, among as many candidates for
-each; LoRA's is chosen at r = 8 and kept for the other ranks, with alpha the same for all (arXiv 2106.09685,
-section 4.1). On AG News, with many times bbc's articles, rates are tried on a part of them, and the two best
-of each mode on all (successive halving, arXiv 1502.07943). Nothing is chosen by the test part.
+Each method has the same number of candidate learning rates. The rate with the lowest validation loss on
+seed 0 is used. LoRA's rate is selected at r = 8 and used for the other ranks with the same alpha (arXiv
+2106.09685, section 4.1). AG News is much larger than bbc: there, rates are tried on a part of the training
+split, and the two best of each method on all of it (successive halving, arXiv 1502.07943). Nothing is
+selected by the test split.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench import draw
+from bench import plotting
 from bench.significance import mcnemar, mean_and_interval
 from bench.steps import ALL_LINEAR, QUERY_VALUE
 from bench.tables import markdown, mebibytes, prose
 from bench.training import QUICK, finish_run
 from train.hardware import resolve_device
-from train.job import PREDICTIONS
+from train.runs import PREDICTIONS
 
 RUNS = Path("runs/accuracy")
 SEEDS = (0, 1, 2)
@@ -39,10 +40,10 @@ SETTINGS: dict[str, Any] = {
     "lora_alpha": 16,
     "telemetry": False,
 }
-# By data set, bbc or another: what it takes to see differences, and to train all cells in an afternoon.
-BBC: dict[str, Any] = {"epochs": 3}  # with a validation part of its own
+# By dataset, bbc or another: enough to see differences, and to train all cells in an afternoon.
+BBC: dict[str, Any] = {"epochs": 3}  # which has its own validation split
 LARGE: dict[str, Any] = {"epochs": 2, "validation_fraction": 0.05}
-TRIED_ON: dict[str, Any] = {"max_train_examples": 4500}  # of a large one, where a rate is tried
+TRIED_ON: dict[str, Any] = {"max_train_examples": 4500}  # the part of a large dataset for trying rates
 RATES = {
     "full": (3e-5, 6e-5, 1.2e-4, 2.4e-4),
     "lora": (1e-3, 2e-3, 4e-3, 8e-3),
@@ -54,7 +55,7 @@ FINALISTS = 2
 
 @dataclass(frozen=True)
 class Mode:
-    """What is compared and tuned by itself; a rank and targets only with LoRA."""
+    """A method that is compared and has its own learning rate. Rank and targets are for LoRA only."""
 
     method: str  # full | lora | head
     r: int = 0
@@ -71,7 +72,7 @@ class Mode:
 
 @dataclass(frozen=True)
 class Cell:
-    """One training run on `data`. trial: of a rate, on a part; shrunk: with what QUICK says instead."""
+    """One training run on `data`. trial: tries a rate on a part of it. shrunk: with the fields of QUICK."""
 
     data: str
     mode: Mode
@@ -106,8 +107,8 @@ class Cell:
             fields |= TRIED_ON
         return fields | (QUICK if self.shrunk else {})
 
-    def right(self) -> list[bool]:
-        """Whether each test article was classified rightly."""
+    def correct(self) -> list[bool]:
+        """Whether each test article was classified correctly."""
         with (self.folder / PREDICTIONS).open(newline="") as file:
             return [row["label"] == row["prediction"] for row in csv.DictReader(file)]
 
@@ -116,7 +117,7 @@ Finished = tuple[Cell, dict[str, Any]]
 
 
 def run(quick: bool, data: str | None = None) -> dict[str, Any]:
-    """bbc, and AG News where `data` (a folder or a name of the hub) says where it is."""
+    """Trains all cells on bbc, and on AG News if `data` (a folder or a name on the hub) is given."""
     ranks = (1, 8) if quick else (1, 2, 4, 8, 16, 32, 64)
     sets = [_data_set("bbc", [Mode("lora", r, QUERY_VALUE) for r in ranks], quick)]
     if data is not None:
@@ -131,7 +132,7 @@ def run(quick: bool, data: str | None = None) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A table a data set, and what it shows in words."""
+    """One table per dataset, followed by a summary."""
     return "\n\n".join(part for found in result["sets"] for part in _set_table(found, result))
 
 
@@ -166,9 +167,10 @@ def _set_table(found: dict[str, Any], result: dict[str, Any]) -> list[str]:
         f"{found['data']}: {found['train_articles']:,} articles to train on{trials} and"
         f" {found['test_articles']:,} test articles; {settings['model']}, {settings['max_length_tokens']}"
         f" tokens an article, {found['epochs']} epochs, {found['precision']}, {found['device']}. Mean of"
-        f" {len(SEEDS)} seeds with its 95% interval (Student's t), for the noise of seeds alone: the test"
-        " articles are the same for all. McNemar's exact test on those articles, a p a seed. Minutes and"
-        f" peak are medians. LoRA's rate is chosen at r = {TUNED_RANK} and kept for the other ranks."
+        f" {len(SEEDS)} seeds with its 95% interval (Student's t), which covers the noise of seeds only: the"
+        " test articles are the same for all. p: McNemar's exact test on these articles, one value per seed."
+        " Minutes and peak are medians."
+        f" LoRA's rate is selected at r = {TUNED_RANK} and used for the other ranks."
     )
     edges = [
         row["name"]
@@ -176,13 +178,13 @@ def _set_table(found: dict[str, Any], result: dict[str, Any]) -> list[str]:
         if row["learning_rate"] in (rates[row["method"]][0], rates[row["method"]][-1])
     ]
     if edges:
-        words += " The rate is at the edge of those tried, and a better one may lie beyond, for:"
+        words += " The selected rate is the smallest or largest candidate, so a better one may exist, for:"
         words += f" {'; '.join(edges)}."
     return [prose(words), markdown(lines), prose(_verdict(found))]
 
 
 def _verdict(found: dict[str, Any]) -> str:
-    """What the rows show: each mode's mean against full fine-tuning's, in words that follow from them."""
+    """A summary of the rows: each method's mean against full fine-tuning's, and significant differences."""
     full, *others = found["rows"]
     worse = [row["name"] for row in others if _differs(row, "only_full", "only_this")]
     better = [row["name"] for row in others if _differs(row, "only_this", "only_full")]
@@ -190,14 +192,14 @@ def _verdict(found: dict[str, Any]) -> str:
     best, least = max(lora, key=lambda row: row["mean"]), min(lora, key=lambda row: row["mean"])
     gaps = [f"{row['name']} {100 * (row['mean'] - full['mean']):+.2f}" for row in (best, least, others[0])]
     text = (
-        f"Against full fine-tuning's mean, in points: the best of the ranks, {gaps[0]}; the least,"
+        f"Mean minus full fine-tuning's, in points: highest of the ranks, {gaps[0]}; lowest,"
         f" {gaps[1]}; {gaps[2]}."
     )
-    test = "By McNemar's test at 5%, on two seeds or more,"
+    test = "By McNemar's test at 5%, on at least two seeds,"
     for names, word in ((worse, "worse"), (better, "better")):
         if names:
             text += f" {test} {word}: {'; '.join(names)}."
-    return text if worse or better else f"{text} {test} none differs from it."
+    return text if worse or better else f"{text} {test} none differs significantly."
 
 
 def _differs(row: dict[str, Any], more: str, less: str) -> bool:
@@ -206,14 +208,14 @@ def _differs(row: dict[str, Any], more: str, less: str) -> bool:
 
 
 def figures(result: dict[str, Any], folder: Path) -> None:
-    """accuracy.png: accuracy against trained parameters, a panel a data set."""
-    figure, axes = draw.panels(1, len(result["sets"]), 5.2, 3.6)
+    """accuracy.png: accuracy by number of trained parameters, one panel per dataset."""
+    figure, axes = plotting.panels(1, len(result["sets"]), 5.2, 3.6)
     for axis, found in zip(axes[0], result["sets"], strict=True):
-        styles = {"full": (draw.BLUE, "s", "full fine-tuning"), "head": (draw.GREY, "^", "head only")}
+        styles = {"full": (plotting.BLUE, "s", "full fine-tuning"), "head": (plotting.GREY, "^", "head only")}
         for method, (color, marker, label) in styles.items():
             (row,) = (row for row in found["rows"] if row["method"] == method)
             _points(axis, [row], color=color, marker=marker, label=label)
-        for targets, color in ((QUERY_VALUE, draw.ORANGE), (ALL_LINEAR, draw.GREEN)):
+        for targets, color in ((QUERY_VALUE, plotting.ORANGE), (ALL_LINEAR, plotting.GREEN)):
             rows = [row for row in found["rows"] if tuple(row["targets"]) == targets]
             if rows:
                 where = "query, value" if targets == QUERY_VALUE else "all linear layers"
@@ -223,7 +225,7 @@ def figures(result: dict[str, Any], folder: Path) -> None:
                     axis.annotate(str(row["r"]), at, (4, 3), textcoords="offset points", fontsize=7)
         axis.set_xscale("log")
         axis.set(xlabel="trained parameters", ylabel="test accuracy, %", title=found["data"])
-    draw.save(figure, folder / "accuracy.png")
+    plotting.save(figure, folder / "accuracy.png")
 
 
 def _points(axis: Any, rows: list[dict[str, Any]], **style: Any) -> None:
@@ -268,7 +270,7 @@ def _data_set(data: str, lora: list[Mode], quick: bool) -> dict[str, Any]:
             cells[mode] = [Cell(data, mode, rate, seed, quick) for seed in SEEDS]
         done = dict(finish([cell for row in cells.values() for cell in row]))
         summaries = {mode: [done[cell] for cell in row] for mode, row in cells.items()}
-    full = [cell.right() for cell in cells[Mode("full")]]
+    full = [cell.correct() for cell in cells[Mode("full")]]
     settings, summary = cells[Mode("full")][0].settings(), summaries[Mode("full")][0]
     return {
         "data": Path(data).name,
@@ -295,7 +297,7 @@ def _by_loss(finished: list[Finished], mode: Mode) -> list[tuple[float, float]]:
 
 
 def _row(cells: list[Cell], summaries: list[dict[str, Any]], full: list[list[bool]] | None) -> dict[str, Any]:
-    """A mode over the seeds; `full`: full fine-tuning's hits by seed, to pair with."""
+    """One mode over the seeds. full: the correct predictions of full fine-tuning by seed, to pair with."""
     accuracies = [summary["test_accuracy"] for summary in summaries]
     mean, half_width = mean_and_interval(accuracies)
     row = {
@@ -313,6 +315,6 @@ def _row(cells: list[Cell], summaries: list[dict[str, Any]], full: list[list[boo
         "peak_memory_bytes": statistics.median(summary["peak_memory_bytes"] for summary in summaries),
     }
     if full is not None:
-        pairs = [mcnemar(cell.right(), hits) for cell, hits in zip(cells, full, strict=True)]
+        pairs = [mcnemar(cell.correct(), hits) for cell, hits in zip(cells, full, strict=True)]
         row["against_full"] = [{"only_this": a, "only_full": b, "p": p} for a, b, p in pairs]
     return row

@@ -1,4 +1,4 @@
-"""What the quickstart's adapter learnt, in a few numbers: of the runs that `bench recipes` leaves."""
+"""What the quickstart's adapter learned, in a few numbers. Reads the runs that `bench recipes` trains."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import Any
 
 from bench.recipes import RUNS
 from bench.tables import bullets
-from train.anatomy.report import FACTS, FOLDER, study
+from train.anatomy.study import FACTS, FOLDER, study
 from train.runs import RunError
 
 _RUN, _OTHER_SEED = RUNS / "quickstart", RUNS / "seed1"
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """The extremes over the layers of anatomy.json; without the scores if quick. Minutes.
+    """The extremes over the layers of anatomy.json, without scores if quick. Takes minutes.
 
-    Raises SystemExit if the runs are not there.
+    Raises SystemExit if the runs do not exist.
     """
     with tempfile.TemporaryDirectory() as folder:
-        looked_at = _RUN
-        if quick and _RUN.is_dir():  # a copy, for a quick look must not replace the run's whole anatomy
-            kept = shutil.ignore_patterns("checkpoint", FOLDER)
-            looked_at = Path(shutil.copytree(_RUN, Path(folder) / _RUN.name, ignore=kept))
+        folder_of_run = _RUN
+        if quick and _RUN.is_dir():  # a copy, because a quick analysis must not replace a complete one
+            ignored = shutil.ignore_patterns("checkpoint", FOLDER)
+            folder_of_run = Path(shutil.copytree(_RUN, Path(folder) / _RUN.name, ignore=ignored))
         try:
-            page = study(looked_at, [_OTHER_SEED], matrix_only=quick, say=_say)
+            page = study(folder_of_run, [_OTHER_SEED], matrix_only=quick, report=_report)
         except RunError as error:
             raise SystemExit(
-                f"anatomy: {error}; `python -m bench recipes` trains what is looked at"
+                f"anatomy: {error}; `python -m bench recipes` trains the runs it needs"
             ) from error
         facts = json.loads(page.with_name(FACTS).read_text(encoding="utf-8"))
     layers = facts["layers"].values()
@@ -55,30 +55,30 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The findings in words."""
+    """The findings as a list."""
     r, (low, high) = result["r"], result["delta_over_weight"]
     fewest, most = result["rank_90"]
     weakest, strongest = result["amplification"]
     shared = result["first_direction_in_another_seeds"]
     lines = [
-        f"ΔW is {low:.0%} to {high:.0%} of W's length, and {fewest} to {most} of its {r} directions hold 90%"
-        " of its energy.",
-        f"Of the strongest direction of A, {shared[0]:.2f} to {shared[1]:.2f} (a share of its squared length)"
-        f" lies in what another seed's A spans; by chance {result['by_chance']:.2f} would.",
-        f"ΔW amplifies directions in which W has little: {weakest:.1f} to {strongest:.1f} times what"
-        " is there.",
-        f"{result['intruders']} of the tuned weights' {result['singular_vectors']} strongest singular vectors"
-        " are intruder dimensions, in the words of [arXiv 2410.21228](https://arxiv.org/abs/2410.21228):"
-        " their cosine with each pretrained one is below 0.5.",
+        f"ΔW is {low:.0%} to {high:.0%} of ‖W‖, and {fewest} to {most} of its {r} directions hold 90% of its"
+        " energy.",
+        f"The share of A's strongest direction that lies in the span of another seed's A is {shared[0]:.2f}"
+        f" to {shared[1]:.2f}; for random directions it is {result['by_chance']:.2f}.",
+        f"ΔW amplifies directions that are weak in W: its amplification factor is {weakest:.1f} to"
+        f" {strongest:.1f}.",
+        f"{result['intruders']} of the {result['singular_vectors']} strongest singular vectors of the tuned"
+        " weights are intruder dimensions ([arXiv 2410.21228](https://arxiv.org/abs/2410.21228)): their"
+        " cosine with every pretrained singular vector is below 0.5.",
     ]
     if result["truncated"]:
         scores = {row["rank"]: row["accuracy"] for row in result["truncated"]}
         least = min(row["accuracy"] for row in result["without_block"].values())
         lines.insert(
             1,
-            f"Cut to rank 1 after training it scores {scores[1]:.4f}, to rank 2 {scores[2]:.4f}, to rank 3"
-            f" {scores[3]:.4f}, whole {scores[r]:.4f}; without it the trained head is left with"
-            f" {scores[0]:.4f}. Without any one block's part of it accuracy stays at {least:.4f} or above.",
+            f"Test accuracy with ΔW truncated to rank 1 is {scores[1]:.4f}, to rank 2 {scores[2]:.4f}, to"
+            f" rank 3 {scores[3]:.4f}, with the whole ΔW {scores[r]:.4f}, and without ΔW {scores[0]:.4f}."
+            f" Without the adapter of any one block it is at least {least:.4f}.",
         )
     return bullets(lines)
 
@@ -88,5 +88,5 @@ def _extremes(values: Any) -> list[float]:
     return [min(found), max(found)]
 
 
-def _say(words: str) -> None:
-    print(words, file=sys.stderr)
+def _report(message: str) -> None:
+    print(message, file=sys.stderr)

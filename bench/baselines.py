@@ -1,4 +1,4 @@
-"""The others: PEFT (Hugging Face) and loralib (the paper's own code), put on the same stock model."""
+"""The baselines: PEFT (Hugging Face) and loralib (by the paper's authors), applied to the same model."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from lora import LoraConfig
 from lora.inject import find_targets
-from lora.parameters import train_only
+from lora.modules import train_only
 
 
 def with_peft(model: Any, config: LoraConfig) -> Any:
-    """The model in PEFT's wrapper, its head trainable."""
+    """The model in PEFT's wrapper, with a trainable head."""
     import peft
 
     return peft.get_peft_model(
@@ -31,7 +31,7 @@ def with_peft(model: Any, config: LoraConfig) -> Any:
 
 
 def with_loralib(model: Any, config: LoraConfig) -> Any:
-    """The model with loralib's layers in the targets' places, as its README puts them in by hand."""
+    """The model with its target layers replaced by loralib's, as loralib's README describes."""
     import loralib
 
     matches = find_targets(model, config).adapted.values()
@@ -58,27 +58,27 @@ def with_loralib(model: Any, config: LoraConfig) -> Any:
 
 
 @dataclass(frozen=True)
-class Adapted:
-    """One layer of a rival: its Parameters A (r, in), B (out, r) and the frozen weight (out, in)."""
+class AdaptedLayer:
+    """An adapted layer of a baseline: its Parameters A (r, in) and B (out, r), and its weight (out, in)."""
 
     A: Tensor
     B: Tensor
     weight: Tensor
 
 
-def adapted(kind: str, model: Any, name: str) -> Adapted:
-    """The layer at that name of the bare model, in a model that `RIVALS[kind]` made."""
+def adapted_layer(kind: str, model: Any, name: str) -> AdaptedLayer:
+    """The adapted layer, named as in the bare model, of a model that `BASELINES[kind]` returned."""
     if kind == "peft":
         layer = model.base_model.model.get_submodule(name)
-        return Adapted(
+        return AdaptedLayer(
             layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.get_base_layer().weight
         )
     layer = model.get_submodule(name)
-    return Adapted(layer.lora_A, layer.lora_B, layer.weight)
+    return AdaptedLayer(layer.lora_A, layer.lora_B, layer.weight)
 
 
 def head(kind: str, model: Any) -> nn.Module:
-    """The classification head that trains."""
+    """The trained classification head."""
     found: nn.Module
     if kind == "peft":
         found = model.base_model.model.classifier.modules_to_save["default"]
@@ -87,9 +87,9 @@ def head(kind: str, model: Any) -> nn.Module:
     return found
 
 
-RIVALS: dict[str, Callable[[Any, LoraConfig], Any]] = {"peft": with_peft, "loralib": with_loralib}
+BASELINES: dict[str, Callable[[Any, LoraConfig], Any]] = {"peft": with_peft, "loralib": with_loralib}
 
 
 def installed() -> list[str]:
-    """Those that can be had here."""
-    return [kind for kind in RIVALS if find_spec(kind)]
+    """The baselines that are installed."""
+    return [kind for kind in BASELINES if find_spec(kind)]

@@ -1,4 +1,4 @@
-"""How a step's cost grows with rank, batch and length, and where LoRA stops paying."""
+"""The cost of a step by rank, batch and length, and where LoRA is no longer faster."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import draw
+from bench import plotting
 from bench.steps import (
     ALL_LINEAR,
     CONFIG,
     QUERY_VALUE,
-    Contestant,
-    contestant,
+    BenchModel,
     held_bytes,
     in_turn,
+    make_model,
     memory_bytes,
     milliseconds,
     random_batch,
@@ -33,43 +33,43 @@ TARGETS = {"query, value": QUERY_VALUE, "all linear": ALL_LINEAR}
 
 @dataclass(frozen=True)
 class Range:
-    """What varies. A batch of 32 rows or a length of 56 tokens where it does not; lengths at 4 rows."""
+    """The values that vary. Batches have 56 tokens per row, lengths 4 rows, ranks `shape`."""
 
     ranks: tuple[int, ...] = (1, 8, 32, 64, 128, 256)
-    batches: tuple[tuple[int, int], ...] = ((1, 56), (4, 56), (16, 56), (64, 56))  # rows, tokens a row
+    batches: tuple[tuple[int, int], ...] = ((1, 56), (4, 56), (16, 56), (64, 56))  # rows, tokens per row
     lengths: tuple[tuple[int, int], ...] = ((4, 32), (4, 64), (4, 128), (4, 256), (4, 512))
     shape: tuple[int, int] = (32, 56)  # for the ranks
     rounds: int = 9  # of the ranks
-    shape_rounds: int = 31  # their steps are short, and a second's disturbance must not cover them all
-    warm_up: int = 4  # the first steps of a new shape allocate: full fine-tuning's took twice as long
+    shape_rounds: int = 31  # their steps are short, so a short disturbance could affect most of fewer rounds
+    warm_up: int = 4  # the first steps of a new shape allocate memory and took up to twice as long
 
 
 QUICK = Range((1, 64), ((1, 16),), ((2, 16), (2, 32)), (2, 16), rounds=2, shape_rounds=2, warm_up=1)
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """A point for each contestant of each comparison: its step, its memory, and both over full's.
+    """One point per model of each comparison: step time, memory, and both relative to full fine-tuning.
 
-    The points of one curve were timed in the same interleaved rounds.
+    The points of one curve are timed in the same interleaved rounds.
     """
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)
     over, model_name = (QUICK, "random:minilm") if quick else (Range(), "minilm")
-    make = partial(contestant, model_name=model_name, precision=precision, device=device)
+    make = partial(make_model, model_name=model_name, precision=precision, device=device)
     points: list[dict[str, Any]] = []
 
     rows, length = over.shape
     print(f"growth: {model_name} {rows}x{length} {precision}, rank", file=sys.stderr)
     full = make("full", rows=rows, length=length)
-    entrants = {("full", "", 0): full, ("head", "", 0): make("head", rows=rows, length=length)}
+    models = {("full", "", 0): full, ("head", "", 0): make("head", rows=rows, length=length)}
     for name, targets in TARGETS.items():
         for r in over.ranks:
             config = LoraConfig(
                 r=r, lora_alpha=2 * r, lora_dropout=CONFIG.lora_dropout, target_modules=targets,
                 modules_to_save=HEAD,
             )  # fmt: skip
-            entrants["lora", name, r] = make("lora", rows=rows, length=length, config=config)
-    points += _compare("rank", entrants, over.rounds, over.warm_up)
+            models["lora", name, r] = make("lora", rows=rows, length=length, config=config)
+    points += _compare("rank", models, over.rounds, over.warm_up)
 
     default = make("lora", rows=rows, length=length)
     for sweep, shapes in (("batch", over.batches), ("length", over.lengths)):
@@ -77,8 +77,8 @@ def run(quick: bool) -> dict[str, Any]:
             print(f"growth: {model_name} {shape[0]}x{shape[1]} {precision}, {sweep}", file=sys.stderr)
             input_ids, labels = random_batch(*shape, device)
             pair = {
-                key: replace(entrant, input_ids=input_ids, labels=labels)
-                for key, entrant in {
+                key: replace(model, input_ids=input_ids, labels=labels)
+                for key, model in {
                     ("full", "", 0): full,
                     ("lora", "query, value", CONFIG.r): default,
                 }.items()
@@ -96,15 +96,15 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A table by rank, one by batch and length, and where LoRA's step is no longer the faster one."""
+    """A table by rank, one by batch and length, and where LoRA's step is no longer faster."""
     points = result["points"]
     ranks = sorted({point["r"] for point in points if point["sweep"] == "rank" and point["mode"] == "lora"})
     shape = next((point["rows"], point["length"]) for point in points if point["sweep"] == "rank")
-    by_rank = [["trained", "parameters", "step, ms", "over full's", "memory held, MiB", "over full's"]]
+    by_rank = [["trained", "parameters", "step, ms", "/ full", "memory held, MiB", "/ full"]]
     for point in points:
         if point["sweep"] == "rank":
             by_rank.append([_name(point), f"{point['trainable']:,}", *_cost(point)])
-    by_shape = [["rows x tokens", "full, ms", "LoRA, ms", "over full's", "LoRA holds, MiB", "over full's"]]
+    by_shape = [["rows x tokens", "full, ms", "LoRA, ms", "/ full", "LoRA holds, MiB", "/ full"]]
     for full, lora in _pairs(points):
         name = f"{full['rows']} x {full['length']}"
         by_shape.append([name, quantity(full["milliseconds"]["median"]), *_cost(lora)])
@@ -115,7 +115,7 @@ def table(result: dict[str, Any]) -> str:
                 f" interleaved rounds by rank, {result['shape_rounds']} by shape. Rank {ranks[0]} to"
                 f" {ranks[-1]} at {shape[0]} x {shape[1]} tokens;"
                 " memory held is weights, copies, optimizer state and the larger of gradients and saved"
-                " activations, for one comes as the other goes."
+                " activations."
             ),
             markdown(by_rank),
             "LoRA with r = 8 on query and value, by batch and by length:",
@@ -126,14 +126,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def figures(result: dict[str, Any], folder: Path) -> None:
-    """growth.png: a step's time above, the memory it holds below; by rank, batch and length (r = 8)."""
-    figure, axes = draw.panels(2, 3, 4, 2.9)
-    for line, (label, value) in zip(axes, (("ms a step", _ms), ("MiB held", _mib)), strict=True):
+    """growth.png: the time of a step above its memory, by rank, batch and length."""
+    figure, axes = plotting.panels(2, 3, 4, 2.9)
+    for line, (label, value) in zip(axes, (("ms per step", _ms), ("MiB held", _mib)), strict=True):
         _draw_ranks(line[0], result["points"], value)
         for axis, sweep, field in ((line[1], "batch", "rows"), (line[2], "length", "length")):
             for mode, color, name in (
-                ("full", draw.BLUE, "full fine-tuning"),
-                ("lora", draw.ORANGE, "LoRA, query, value"),
+                ("full", plotting.BLUE, "full fine-tuning"),
+                ("lora", plotting.ORANGE, "LoRA, query, value"),
             ):
                 points = [p for p in result["points"] if p["sweep"] == sweep and p["mode"] == mode]
                 x = [point[field] for point in points]
@@ -145,7 +145,7 @@ def figures(result: dict[str, Any], folder: Path) -> None:
             axis.set_xscale("log", base=2)
             axis.xaxis.set_major_formatter("{x:.0f}")
             axis.set(xlabel=words, ylabel=label, ylim=(0, None))
-    draw.save(figure, folder / "growth.png")
+    plotting.save(figure, folder / "growth.png")
 
 
 def _ms(point: dict[str, Any]) -> float:
@@ -158,38 +158,39 @@ def _mib(point: dict[str, Any]) -> float:
 
 def _draw_ranks(axis: Any, points: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> None:
     points = [point for point in points if point["sweep"] == "rank"]
-    for name, color in zip(TARGETS, (draw.ORANGE, draw.RED), strict=True):
+    for name, color in zip(TARGETS, (plotting.ORANGE, plotting.RED), strict=True):
         curve = [point for point in points if point["targets"] == name]
         x = [point["r"] for point in curve]
         axis.plot(x, [value(p) for p in curve], marker="o", color=color, label=f"LoRA, {name}")
-    for mode, color, name in (("full", draw.BLUE, "full fine-tuning"), ("head", draw.GREY, "head only")):
+    levels = (("full", plotting.BLUE, "full fine-tuning"), ("head", plotting.GREY, "head only"))
+    for mode, color, name in levels:
         level = next(value(point) for point in points if point["mode"] == mode)
         axis.axhline(level, color=color, label=name)
 
 
 def _compare(
-    sweep: str, entrants: dict[tuple[str, str, int], Contestant], rounds: int, warm_up: int
+    sweep: str, models: dict[tuple[str, str, int], BenchModel], rounds: int, warm_up: int
 ) -> list[dict[str, Any]]:
-    laps = in_turn({key: entrant.step for key, entrant in entrants.items()}, rounds, warm_up)
-    seconds = {key: [sum(lap) for lap in laps[key]] for key in entrants}
-    held = {key: held_bytes(memory_bytes(entrant)) for key, entrant in entrants.items()}
+    laps = in_turn({key: model.step for key, model in models.items()}, rounds, warm_up)
+    seconds = {key: [sum(lap) for lap in laps[key]] for key in models}
+    held = {key: held_bytes(memory_bytes(model)) for key, model in models.items()}
     full = ("full", "", 0)
     return [
         {
             "sweep": sweep, "mode": key[0], "targets": key[1], "r": key[2],
-            "rows": len(entrant.input_ids), "length": entrant.input_ids.shape[1],
-            "trainable": count_parameters(entrant.model, HEAD).trainable,
+            "rows": len(model.input_ids), "length": model.input_ids.shape[1],
+            "trainable": count_parameters(model.module, HEAD).trainable,
             "milliseconds": milliseconds(seconds[key]),
             "step_over_full": round(ratio(seconds[key], seconds[full]), 3),
             "held_bytes": held[key],
             "held_over_full": round(held[key] / held[full], 3),
         }
-        for key, entrant in entrants.items()
+        for key, model in models.items()
     ]  # fmt: skip
 
 
 def _crossing(points: list[dict[str, Any]], sweep: str, targets: str) -> dict[str, Any] | None:
-    """The first measured point of a curve at which LoRA's step takes as long as full's; None: nowhere."""
+    """The first point of a curve at which LoRA's step is not faster than full's, or None."""
     for point in points:
         if (point["sweep"], point["targets"]) == (sweep, targets) and point["step_over_full"] >= 1:
             return {key: point[key] for key in ("r", "rows", "length", "trainable", "step_over_full")}
@@ -198,10 +199,11 @@ def _crossing(points: list[dict[str, Any]], sweep: str, targets: str) -> dict[st
 
 def _verdict(sweep: str, targets: str, at: dict[str, Any] | None) -> str:
     if at is None:
-        return f"By {sweep}, on {targets}: LoRA's step is the faster one at every point measured."
+        return f"By {sweep}, on {targets}: LoRA's step is faster at every measured point."
     return (
-        f"By {sweep}, on {targets}: LoRA's step takes {at['step_over_full']:.2f} times full fine-tuning's at"
-        f" r = {at['r']} ({at['trainable']:,} trainable), {at['rows']} x {at['length']} tokens."
+        f"By {sweep}, on {targets}: LoRA's step takes {at['step_over_full']:.2f} times as long as full"
+        f" fine-tuning's at r = {at['r']} ({at['trainable']:,} trainable),"
+        f" {at['rows']} x {at['length']} tokens."
     )
 
 

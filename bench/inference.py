@@ -1,4 +1,4 @@
-"""What an adapter costs when it is used: the base model, the adapter beside it, the adapter merged."""
+"""The cost of an adapter in inference: the base model, with the adapter unmerged, and merged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench import draw
+from bench import plotting
 from bench.steps import (
     CLASSES,
     CONFIG,
@@ -24,29 +24,29 @@ from bench.steps import (
 )
 from bench.tables import markdown, prose, quantity, spread
 from lora import eject, inject, load_adapter, merge, save_adapter, unmerge
-from lora.tree import lora_layers
+from lora.modules import lora_layers
 from model import load_base, speed_up
 from train.hardware import autocast, resolve_device, resolve_precision
 
-STATES = {"base": "base model", "apart": "adapter beside it", "merged": "adapter merged"}
-ACTS = {
+STATES = {"base": "base model", "unmerged": "adapter unmerged", "merged": "adapter merged"}
+OPERATIONS = {
     "merge": "merge",
     "unmerge": "unmerge",
-    "load": "load: check the files, hash the adapted weights, inject",
+    "load": "load: check the files and the base, inject",
     "swap": "swap: eject, load another, speed up",
 }
 LENGTH = 56
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """The times of a forward pass by state and batch, and of each act on an adapter."""
+    """The times of a forward pass by state and batch, and of each operation on an adapter."""
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)
     model_name = "random:minilm" if quick else "minilm"
     rounds = 3 if quick else 41
     models = {
         "base": _base(model_name, device),
-        "apart": _adapted(model_name, device, seed=0),
+        "unmerged": _adapted(model_name, device, seed=0),
         "merged": _adapted(model_name, device, seed=0),
     }
     merge(models["merged"])
@@ -67,43 +67,45 @@ def run(quick: bool) -> dict[str, Any]:
             }
         )
     print(f"inference: {model_name}, merging, loading and swapping", file=sys.stderr)
-    acts_rounds = 3 if quick else 15
-    acts = _time_acts(model_name, device, precision, acts_rounds)
+    operation_rounds = 3 if quick else 15
+    operations = _time_operations(model_name, device, precision, operation_rounds)
     return {
         "seed": 0, "precision": precision, "rounds": rounds, "model": model_name, "length": LENGTH,
-        "batches": batches, "acts_rounds": acts_rounds, "acts_milliseconds": acts,
+        "batches": batches, "operation_rounds": operation_rounds, "operation_milliseconds": operations,
     }  # fmt: skip
 
 
 def table(result: dict[str, Any]) -> str:
-    """A row a state, then a row an act."""
+    """One row per state, then one row per operation."""
 
     def cell(batch: dict[str, Any], state: str) -> str:
         time, over = batch["milliseconds"][state], batch["over_base"][state]
-        return f"{quantity(time['median'])} ({spread(time)}), {over:.2f} times"
+        return f"{quantity(time['median'])} ({spread(time)}), {over:.2f}"
 
     heads = [f"{batch['rows']} x {result['length']} tokens, ms" for batch in result["batches"]]
     states = [
         [words, *(cell(batch, state) for batch in result["batches"])] for state, words in STATES.items()
     ]
-    times = result["acts_milliseconds"]
-    acts = [[words, quantity(times[act]["median"]), spread(times[act])] for act, words in ACTS.items()]
+    times = result["operation_milliseconds"]
+    operations = [
+        [words, quantity(times[key]["median"]), spread(times[key])] for key, words in OPERATIONS.items()
+    ]
     return "\n\n".join(
         [
             prose(
                 f"{result['model']}, r = 8 on query and value; {result['precision']}; {result['device']}."
-                f" Medians of {result['rounds']} interleaved rounds, in brackets the quartiles; then how many"
-                f" times the base model's. Acts on a whole model's adapter: {result['acts_rounds']} rounds."
+                f" Medians of {result['rounds']} interleaved rounds, quartiles in brackets, and the ratio to"
+                f" the base model. Operations on the whole model: {result['operation_rounds']} rounds."
             ),
             markdown([["forward", *heads], *states]),
-            markdown([["a whole model's adapter", "ms", "quartiles"], *acts]),
+            markdown([["operation on the whole model", "ms", "quartiles"], *operations]),
         ]
     )
 
 
 def figures(result: dict[str, Any], folder: Path) -> None:
-    """inference.png: a bar a state for each batch, with its quartiles."""
-    figure, axes = draw.panels(1, len(result["batches"]), 3.8, 2.8)
+    """inference.png: one bar per state for each batch, with its quartiles."""
+    figure, axes = plotting.panels(1, len(result["batches"]), 3.8, 2.8)
     for batch, axis in zip(result["batches"], axes[0], strict=True):
         times = [batch["milliseconds"][state] for state in STATES]
         middle = [time["median"] for time in times]
@@ -111,20 +113,20 @@ def figures(result: dict[str, Any], folder: Path) -> None:
             [time["median"] - time["low"] for time in times],
             [time["high"] - time["median"] for time in times],
         ]
-        colors = (draw.GREY, draw.ORANGE, draw.BLUE)
+        colors = (plotting.GREY, plotting.ORANGE, plotting.BLUE)
         axis.bar(range(len(times)), middle, yerr=spread, width=0.55, color=colors, capsize=4)
         axis.set_xticks(range(len(times)), STATES.values(), fontsize=8)
-        axis.set(ylabel="ms a forward pass", title=f"{batch['rows']} x {result['length']} tokens")
-    draw.save(figure, folder / "inference.png")
+        axis.set(ylabel="ms per forward pass", title=f"{batch['rows']} x {result['length']} tokens")
+    plotting.save(figure, folder / "inference.png")
 
 
 def _base(model_name: str, device: torch.device) -> Any:
-    # Frozen, as it is under an adapter: then speed_up gives its weights their 16-bit copies too.
+    # Frozen as under an adapter, so that speed_up keeps 16-bit copies of its weights too.
     return load_base(model_name, num_labels=CLASSES)[0].to(device).requires_grad_(False)
 
 
 def _adapted(model_name: str, device: torch.device, seed: int) -> Any:
-    """With an adapter that says something: B as large as training makes it."""
+    """With a random adapter of the size that training reaches."""
     model = _base(model_name, device)
     inject(model, CONFIG, seed)
     randomise({name: layer.lora_B for name, layer in lora_layers(model).items()}, seed)
@@ -141,8 +143,8 @@ def _forward(model: Any, rows: int, device: torch.device, precision: str) -> Cal
     return forward
 
 
-def _time_acts(model_name: str, device: torch.device, precision: str, rounds: int) -> dict[str, Any]:
-    """Of whole models. Loading starts from a bare base model in memory, swapping from an adapted one."""
+def _time_operations(model_name: str, device: torch.device, precision: str, rounds: int) -> dict[str, Any]:
+    """Times operations on whole models in memory: loading into a base model, swapping an adapter."""
     with tempfile.TemporaryDirectory() as folder:
         folders = [Path(folder, name) for name in ("first", "second")]
         for seed, path in enumerate(folders):

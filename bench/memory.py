@@ -1,4 +1,4 @@
-"""Where a training step's memory goes: full fine-tuning, LoRA and the head alone."""
+"""The memory of a training step by component: full fine-tuning, LoRA and the head alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import draw
+from bench import plotting
 from bench.steps import MODES, QUICK_SHAPES, SHAPES, held_bytes
 from bench.tables import markdown, mebibytes, prose
 from train.hardware import resolve_device, resolve_precision
@@ -16,7 +16,7 @@ from train.hardware import resolve_device, resolve_precision
 COMPONENTS = {
     "weights": "weights",
     "weight_copies": "their 16-bit copies",
-    "weight_casts": "their casts, made each step",
+    "weight_casts": "their casts, made at each step",
     "optimizer": "optimizer state",
     "gradients": "gradients",
     "activations": "saved activations",
@@ -25,19 +25,19 @@ _ROOT = Path(__file__).parent.parent
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """A row a model and mode, each measured in a process of its own."""
+    """One row per model and mode, each measured in its own process."""
     precision = resolve_precision("auto", resolve_device("auto"))
     rows: list[dict[str, Any]] = []
     for model_name, batch, length in QUICK_SHAPES if quick else SHAPES:
         for kind in MODES:
             print(f"memory: {model_name} {batch}x{length} {precision}, {MODES[kind]}", file=sys.stderr)
-            measured = _in_a_process(kind, model_name, str(batch), str(length), precision)
+            measured = _in_own_process(kind, model_name, str(batch), str(length), precision)
             parts = measured["components"]
             held = sum(parts.values())
             rows.append(
                 {
                     "model": model_name, "rows": batch, "length": length, "mode": kind, **measured,
-                    # Gradients come as activations and casts go, so they are never all there at once.
+                    # Backward frees activations and casts while it allocates gradients.
                     "after_forward_bytes": held - parts["gradients"],
                     "after_backward_bytes": held - parts["activations"] - parts["weight_casts"],
                     "peak_above_bare_bytes": measured["peak_bytes"] - measured["bare_bytes"],
@@ -47,14 +47,14 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Rows by component, a column a model and mode, and what LoRA saves of full fine-tuning's."""
+    """One table per model: a row per component, a column per mode, and LoRA's saving."""
     return "\n\n".join(
         [
             prose(
-                f"MiB; {result['precision']}; {result['device']}; each mode in a process of its own."
-                " Activations and casts go while gradients come, so they are never all held at once. The"
-                " measured peak is above what is held at either end by temporary tensors, libraries' own"
-                f" memory and freed memory that the allocator has not given back.{_note_on_peaks(result)}"
+                f"MiB; {result['precision']}; {result['device']}; each mode in its own process."
+                " Backward frees activations and casts while it allocates gradients, so not all of them exist"
+                " at once. The measured peak also contains temporary tensors, memory of the libraries, and"
+                f" freed memory that the allocator has kept.{_note_on_peaks(result)}"
             ),
             *(_model_table(rows) for rows in _by_model(result).values()),
         ]
@@ -72,20 +72,20 @@ def _model_table(rows: dict[str, dict[str, Any]]) -> str:
         [
             [f"{first['model']}, {first['rows']} x {first['length']}", *MODES.values(), "LoRA saves"],
             *(line(words, lambda row, key=key: row["components"][key]) for key, words in COMPONENTS.items()),
-            line("held when forward ends", lambda row: row["after_forward_bytes"]),
-            line("held when backward ends", lambda row: row["after_backward_bytes"]),
+            line("held after forward", lambda row: row["after_forward_bytes"]),
+            line("held after backward", lambda row: row["after_backward_bytes"]),
             line("measured peak of the steps", lambda row: row["peak_above_bare_bytes"]),
-            line("- above what is held", _above_held),
-            line("the process without a model, not counted above", lambda row: row["bare_bytes"]),
+            line("- minus what is held", _above_held),
+            line("the process without a model, not included above", lambda row: row["bare_bytes"]),
         ]
     )
 
 
 def figures(result: dict[str, Any], folder: Path) -> None:
-    """memory.png: a stacked bar a mode, and the measured peak beside it."""
+    """memory.png: one stacked bar per mode, with a line for the measured peak."""
     models = _by_model(result)
-    figure, axes = draw.panels(1, len(models), 5.4, 3.4)
-    colors = (draw.BLUE, draw.GREY, "0.8", draw.GREEN, draw.RED, draw.ORANGE)
+    figure, axes = plotting.panels(1, len(models), 5.4, 3.4)
+    colors = (plotting.BLUE, plotting.GREY, "0.8", plotting.GREEN, plotting.RED, plotting.ORANGE)
     for (name, rows), axis in zip(models.items(), axes[0], strict=True):
         for at, row in enumerate(rows.values()):
             bottom = 0.0
@@ -99,18 +99,18 @@ def figures(result: dict[str, Any], folder: Path) -> None:
             axis.annotate(f"{peak:,.0f}", (at + 0.29, peak), (2, 3), textcoords="offset points", fontsize=8)
         axis.set_xticks(range(len(rows)), [MODES[kind] for kind in rows])
         axis.set(
-            ylabel="MiB, each part when it is largest",
+            ylabel="MiB, each component at its largest",
             title=f"{name}, {row['rows']} x {row['length']} tokens",
         )
-    draw.save(figure, folder / "memory.png")
+    plotting.save(figure, folder / "memory.png")
 
 
 def _above_held(row: dict[str, Any]) -> int:
     return int(row["peak_above_bare_bytes"] - held_bytes(row["components"]))
 
 
-def _in_a_process(*arguments: str) -> dict[str, Any]:
-    """What `python -m bench.peak` prints on its last line; its errors go to stderr as they are."""
+def _in_own_process(*arguments: str) -> dict[str, Any]:
+    """The JSON that `python -m bench.peak` prints on its last line. Its stderr is passed on."""
     command = [sys.executable, "-m", "bench.peak", *arguments]
     done = subprocess.run(command, cwd=_ROOT, check=True, stdout=subprocess.PIPE, text=True)
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -127,4 +127,4 @@ def _by_model(result: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
 def _note_on_peaks(result: dict[str, Any]) -> str:
     if all(row["peak_of"] == "steps" for row in result["rows"]):
         return ""
-    return " This system keeps one peak for a whole process, so the peaks are those of loading, too."
+    return " This system records one peak for the whole process, so the peaks include loading."

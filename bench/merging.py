@@ -1,4 +1,4 @@
-"""What merging costs in exactness: roundings, drift over cycles, logits; and the rivals' beside it."""
+"""The exactness of merging: rounding errors, drift over cycles and logits, here and in the baselines."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.rivals import RIVALS, adapted, installed
+from bench.baselines import BASELINES, adapted_layer, installed
 from bench.steps import QUERY_VALUE, randomise
 from bench.tables import markdown
 from lora import LoraConfig, inject, merge, unmerge
-from lora.tree import lora_layers
+from lora.modules import lora_layers
 from model import load_base
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -25,7 +25,7 @@ def run(quick: bool) -> dict[str, Any]:
     """Rows by implementation and dtype, on MiniLM with a random adapter, r = 8 on query and value."""
     cycles = 20 if quick else 1000
     measures: dict[str, Callable[[torch.dtype, int], dict[str, Any]]] = {"ours": _ours}
-    measures |= {kind: partial(_rival, kind) for kind in installed()}
+    measures |= {kind: partial(_baseline, kind) for kind in installed()}
     rows = []
     for dtype in _DTYPES:
         for name, measure in measures.items():
@@ -37,10 +37,10 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A row an implementation and dtype."""
+    """One row per implementation and dtype."""
     heads = [
-        "", "dtype", "rounding, ulps: largest", "mean", "weights changed after 1 cycle", "10",
-        f"{result['cycles']:,}", "largest change", "logits, merged against apart",
+        "", "dtype", "error, ulps: largest", "mean", "weights changed after 1 cycle", "10",
+        f"{result['cycles']:,}", "largest change", "logits, merged - unmerged",
     ]  # fmt: skip
     return markdown(
         [
@@ -71,12 +71,12 @@ def _ours(dtype: torch.dtype, cycles: int) -> dict[str, Any]:
     return _measure(model, weights, deltas, lambda: merge(model), lambda: unmerge(model), cycles)
 
 
-def _rival(kind: str, dtype: torch.dtype, cycles: int) -> dict[str, Any]:
-    """As it does by itself: PEFT's adapters in float32 on a 16-bit base, loralib's in the base's dtype."""
-    model = RIVALS[kind](_model(dtype), _CONFIG).eval()
-    ours = _model(dtype)  # the same starts, drawn by name
+def _baseline(kind: str, dtype: torch.dtype, cycles: int) -> dict[str, Any]:
+    """With the defaults: on a 16-bit base PEFT's adapters are float32, loralib's have its dtype."""
+    model = BASELINES[kind](_model(dtype), _CONFIG).eval()
+    ours = _model(dtype)  # for the same initial lora_A
     inject(ours, _CONFIG)
-    layers = {name: adapted(kind, model, name) for name in lora_layers(ours)}
+    layers = {name: adapted_layer(kind, model, name) for name in lora_layers(ours)}
     with torch.no_grad():
         for name, layer in lora_layers(ours).items():
             layers[name].A.copy_(layer.lora_A)
@@ -90,7 +90,7 @@ def _rival(kind: str, dtype: torch.dtype, cycles: int) -> dict[str, Any]:
     linears = [model.get_submodule(name) for name in layers]
 
     def switch(training: bool) -> None:
-        for linear in linears:  # loralib merges when it is put into eval mode
+        for linear in linears:  # loralib merges in eval()
             linear.merge_weights = True
             linear.train(training)
 
@@ -113,9 +113,9 @@ def _measure(
 ) -> dict[str, Any]:
     input_ids = torch.arange(1000, 1000 + 4 * 32).view(4, 32)
     before = {name: weight.detach().clone() for name, weight in weights.items()}
-    apart = model(input_ids=input_ids).logits.double()
+    unmerged = model(input_ids=input_ids).logits.double()
     merge_all()
-    folded = model(input_ids=input_ids).logits.double()
+    merged = model(input_ids=input_ids).logits.double()
     ulps = torch.cat(
         [_ulps(weights[name], before[name].double() + deltas[name]).view(-1) for name in weights]
     )
@@ -133,12 +133,12 @@ def _measure(
         "changed_after_ten": changed[10],
         "changed_after_all": changed[cycles],
         "largest_change": max(float((weights[n].double() - before[n].double()).abs().max()) for n in weights),
-        "logits_difference": float((folded - apart).abs().max()),
+        "logits_difference": float((merged - unmerged).abs().max()),
     }
 
 
 def _ulps(merged: Tensor, exact: Tensor) -> Tensor:
-    """|merged - exact| in units of the last place at the merged value."""
+    """|merged - exact| in units in the last place of the merged value."""
     info = torch.finfo(merged.dtype)
     _, exponent = torch.frexp(merged.double())
     ulp = torch.ldexp(torch.full_like(exact, info.eps), exponent - 1).clamp_min(
@@ -148,7 +148,7 @@ def _ulps(merged: Tensor, exact: Tensor) -> Tensor:
 
 
 def _changed(weights: dict[str, Tensor], before: dict[str, Tensor]) -> float:
-    """The share of weights whose bits are others than before."""
+    """The share of weights whose bits differ from before."""
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}
     differ = total = 0
     for name, weight in weights.items():

@@ -1,8 +1,8 @@
-"""An epoch as the original project runs it, and ours: the same rows, model, precision and batch.
+"""One epoch by the original project's procedure and by ours: same rows, model, precision and batch size.
 
-The original notebook pads every article to the longest of each 1,000 rows that it tokenises together,
-and trains with transformers' Trainer and PEFT, 16 rows a batch, 2 batches a step. Here each batch is
-padded to its own longest, and holds articles of like length.
+The original notebook pads every article to the longest of each 1,000 rows that it tokenises together, and
+trains with transformers' Trainer and PEFT, 16 rows per batch, 2 batches per step. Here a batch holds
+articles of similar length and is padded to its longest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from bench.rivals import with_peft
+from bench.baselines import with_peft
 from bench.steps import CONFIG
 from bench.tables import markdown, prose
 from lora import inject
@@ -35,24 +35,24 @@ MODEL = "random:roberta-base"
 
 
 def run(quick: bool, data: str | None = None) -> dict[str, Any]:
-    """512 rows of AG News, read from `data`, or of bbc without it; in turn and twice, so that drift shows.
+    """Trains on 512 rows of AG News from `data`, by default of bbc; each twice, so that drift shows.
 
-    Raises SystemExit where PEFT or accelerate is missing: there is nothing to compare with.
+    Raises SystemExit if PEFT or accelerate is not installed.
     """
     for package in ("peft", "accelerate"):
         if importlib.util.find_spec(package) is None:
             raise SystemExit(f"original: {package} is not installed; `make bench-original` sets it up")
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)
-    # The settings are the original's; the precision is what this machine has, for both.
+    # The settings are the original's; the precision is this machine's, for both.
     recipe = load_recipe("roberta-base-original", {"epochs": 1, "precision": precision, "telemetry": False})[
         1
     ]
-    tokenizer = load_base("minilm", num_labels=2)[1]  # random:roberta-base comes with none
+    tokenizer = load_base("minilm", num_labels=2)[1]  # random:roberta-base has none
     rows, classes = _rows(data or "bbc", 32 if quick else 512)
     encoded = encode(rows, tokenizer, recipe.max_length_tokens)
     ours, theirs = [], []
-    # There and back, so that a drift of the machine meets both alike.
+    # In the order A B B A, so that drift of the machine affects both alike.
     for name in ("ours", "original") if quick else ("ours", "original", "original", "ours"):
         print(f"original: an epoch of {name}", file=sys.stderr)
         if name == "ours":
@@ -67,16 +67,16 @@ def run(quick: bool, data: str | None = None) -> dict[str, Any]:
         "seed": recipe.seed,
         "tokens": int(encoded.lengths.sum()),
     }
-    for name, sittings in (("original", theirs), ("ours", ours)):
-        each = [sitting["seconds"] for sitting in sittings]
-        result[name] = {**sittings[0], "seconds": statistics.mean(each), "seconds_each": each}
+    for name, runs in (("original", theirs), ("ours", ours)):
+        each = [run["seconds"] for run in runs]
+        result[name] = {**runs[0], "seconds": statistics.mean(each), "seconds_each": each}
     result["original_over_ours"] = result["original"]["seconds"] / result["ours"]["seconds"]
     return result
 
 
 def table(result: dict[str, Any]) -> str:
-    """The two rows to read."""
-    lines = [["", "seconds an epoch", "tokens computed", "of them padding"]]
+    """Two rows: the original and ours."""
+    lines = [["", "seconds per epoch", "tokens computed", "of them padding"]]
     for name, key in (("the original: transformers' Trainer, PEFT", "original"), ("here", "ours")):
         row = result[key]
         padding = 1 - result["tokens"] / row["computed_tokens"]
@@ -91,7 +91,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _rows(data: str, count: int) -> tuple[Dataset, int]:
-    """The first rows of the training part after a shuffle by seed."""
+    """The first rows of the training split after a shuffle with seed 0."""
     news = load_news(data, validation_fraction=0.05, seed=0, max_train_examples=0)
     return news.train.shuffle(seed=0).select(range(count)), len(news.labels)
 
@@ -103,7 +103,7 @@ def _ours(
     inject(model, recipe.lora_config())
     model.to(device)
     speed_up(model, precision)
-    # Two rows of validation, for the loop ends an epoch with it.
+    # Two validation rows, because the loop validates after each epoch.
     few = Encoded(encoded.tokens, encoded.offsets[:3], encoded.labels[:2])
     pad = model.config.pad_token_id
     trainer = Trainer(model, recipe, encoded, few, pad, device, precision)
@@ -133,7 +133,7 @@ def _original(
             gradient_accumulation_steps=recipe.accumulation_steps,
             learning_rate=recipe.learning_rate,
             weight_decay=recipe.weight_decay,
-            warmup_steps=recipe.warmup_fraction,  # a share where it is below 1
+            warmup_steps=recipe.warmup_fraction,  # a value below 1 is a share of the steps
             label_smoothing_factor=recipe.label_smoothing,
             lr_scheduler_type="cosine",
             seed=recipe.seed,

@@ -1,4 +1,4 @@
-"""python -m bench.peak KIND MODEL ROWS LENGTH PRECISION: one mode's memory, in a process of its own."""
+"""python -m bench.peak KIND MODEL ROWS LENGTH PRECISION: the memory of one model, in its own process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from bench.steps import contestant, memory_bytes
+from bench.steps import make_model, memory_bytes
 from train.hardware import keep_freed_memory, peak_memory_bytes, resolve_device
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -17,26 +17,26 @@ STEPS = 3
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Prints JSON: bytes by component, what the bare process takes, and the peak of STEPS steps.
+    """Prints JSON: bytes by component, bytes of the process without a model, and the peak of STEPS steps.
 
-    bare_bytes: with the libraries loaded and no model yet. peak_bytes: the resident set's peak, the
-    allocator's on CUDA. peak_of: "steps", or "process" where the system cannot forget an earlier peak.
+    bare_bytes: with the libraries loaded and no model. peak_bytes: the peak of the resident set; on CUDA,
+    of the allocator. peak_of: "steps", or "process" if the system cannot reset an earlier peak.
     """
     kind, model_name, rows, length, precision = sys.argv[1:] if arguments is None else arguments
     keep_freed_memory()
     device = resolve_device("auto")
     bare = _resident_bytes(device)
-    entrant = contestant(kind, model_name, int(rows), int(length), precision, device)
-    components = memory_bytes(entrant)
+    model = make_model(kind, model_name, int(rows), int(length), precision, device)
+    components = memory_bytes(model)
     gc.collect()
-    forgotten = _forget_peak(device)
+    was_reset = _reset_peak(device)
     for _ in range(STEPS):
-        entrant.step()
+        model.step()
     result = {
         "components": components,
         "bare_bytes": bare,
         "peak_bytes": _peak_bytes(device),
-        "peak_of": "steps" if forgotten else "process",
+        "peak_of": "steps" if was_reset else "process",
     }
     print(json.dumps(result))
     return 0
@@ -52,8 +52,8 @@ def _peak_bytes(device: torch.device) -> int:
     return (device.type == "cpu" and _status("VmHWM")) or peak_memory_bytes(device)
 
 
-def _forget_peak(device: torch.device) -> bool:
-    """Starts the peak anew from what is held now; whether that could be done."""
+def _reset_peak(device: torch.device) -> bool:
+    """Resets the peak to the present value. Returns whether the system can do that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -65,7 +65,7 @@ def _forget_peak(device: torch.device) -> bool:
 
 
 def _status(field: str) -> int:
-    """A field of Linux's /proc/self/status in bytes, 0 where there is none."""
+    """A field of Linux's /proc/self/status in bytes, 0 if there is none."""
     if not _STATUS.is_file():
         return 0
     lines = (line.split() for line in _STATUS.read_text().splitlines())

@@ -1,4 +1,4 @@
-"""What the figures share: colours, plain axes, and writing a file."""
+"""Shared by the figures of the benchmarks: colours, axes, and saving to a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BLUE, ORANGE, GREEN, RED, GREY = "#2f6db3", "#d9822b", "#3a8f5c", "#b5443c", "#9
 
 
 def panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
-    """A figure and its axes, (rows, columns); width and height of a panel in inches."""
+    """A figure and its axes, (rows, columns). width and height: of one panel, in inches."""
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, height * rows), squeeze=False)
     for each in axes.flat:
         each.grid(alpha=0.3)
@@ -24,7 +24,7 @@ def panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, A
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes the figure, one legend of all its panels (if any) below it, and lets go of it."""
+    """Writes the figure with one legend for all panels below it, and closes it."""
     figure.tight_layout()
     entries: dict[str, Any] = {}
     for axis in figure.axes:

@@ -1,11 +1,12 @@
-"""python -m bench.readme: writes the measured parts of README.md from the JSON in bench/results.
+"""python -m bench.readme: writes the measured parts of README.md and bench/README.md from bench/results.
 
-In README.md a text stands between two markers, each alone on its line:
+A measured part is between two markers, each on its own line:
 
     <!-- bench:NAME -->
     <!-- /bench -->
 
-NAME is the JSON's path in bench/results without its ending: throughput, or cuda/throughput.
+NAME is "summary", or the path of a JSON file in bench/results without its suffix: throughput, or
+cuda/throughput.
 """
 
 from __future__ import annotations
@@ -18,59 +19,127 @@ from pathlib import Path
 from typing import Any
 
 from bench import accuracy, anatomy, growth, inference, memory, original, peers, recipes, throughput
-from bench.tables import prose
+from bench.steps import held_bytes
+from bench.tables import markdown, mebibytes, prose, quantity, size
 
-README = Path(__file__).parent.parent / "README.md"
-RESULTS = Path(__file__).parent / "results"
+_BENCH = Path(__file__).parent
+PAGES = (_BENCH.parent / "README.md", _BENCH / "README.md")
+RESULTS = _BENCH / "results"
 _BLOCK = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
 def main() -> int:
-    """Rewrites README.md and says what has no results yet."""
-    text = README.read_text(encoding="utf-8")
-    for name in names(text):
-        if not (RESULTS / f"{name}.json").is_file():
-            print(f"{name}: no results yet", file=sys.stderr)
-    README.write_text(rewritten(text, RESULTS), encoding="utf-8")
+    """Rewrites the pages, and prints which results are missing."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name in names(text):
+            if name != "summary" and not (RESULTS / f"{name}.json").is_file():
+                print(f"{name}: no results yet", file=sys.stderr)
+        page.write_text(rewritten(text, RESULTS), encoding="utf-8")
     return 0
 
 
 def names(text: str) -> list[str]:
-    """The results that the text shows."""
+    """The names of the measured parts of a page."""
     return [match[2] for match in _BLOCK.finditer(text)]
 
 
 def rewritten(text: str, results: Path) -> str:
-    """The text with everything between markers made anew from the JSON files in `results`."""
+    """The text of a page with every measured part replaced by what the JSON files in `results` say."""
     return _BLOCK.sub(lambda block: f"{block[1]}{_measured(block[2], results)}\n{block[3]}", text)
 
 
 def _measured(name: str, results: Path) -> str:
+    if name == "summary":
+        return summary(results)
     path = results / f"{name}.json"
     if not path.is_file():
         return f"Not measured yet: there is no `bench/results/{name}.json`."
-    part = name.rpartition("/")[2]
-    if part not in TEXTS:
-        return f"The figures are in [`bench/results/{name}.json`](bench/results/{name}.json)."
-    return TEXTS[part](json.loads(path.read_text(encoding="utf-8")))
+    result = json.loads(path.read_text(encoding="utf-8"))
+    return "\n\n".join([TEXTS[name.rpartition("/")[2]](result), _source(name, result)])
+
+
+def _source(name: str, result: dict[str, Any]) -> str:
+    """A line that names the JSON file and the commit that was measured."""
+    link = f"[`{name}.json`](results/{name}.json)"
+    if not result.get("commit"):
+        return f"Source: {link}."
+    changed = "" if result["clean_tree"] else " with uncommitted changes"
+    return f"Source: {link}, measured at commit `{result['commit'][:12]}`{changed}."
+
+
+def summary(results: Path) -> str:
+    """The table of README.md: the cost of LoRA and of full fine-tuning in five rows."""
+    steps, held, scores, drift = (
+        json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+        for name in ("throughput", "memory", "accuracy", "merging")
+    )
+    row = next(row for row in steps["models"] if row["model"] == "random:roberta-base")
+    modes = [row["modes"][kind] for kind in ("full", "lora")]
+    times = [mode["milliseconds"]["step"]["median"] for mode in modes]
+    bytes_held = [
+        held_bytes(
+            next(r for r in held["rows"] if (r["model"], r["mode"]) == (row["model"], kind))["components"]
+        )
+        for kind in ("full", "lora")
+    ]
+    news = scores["sets"][-1]
+    full = next(r for r in news["rows"] if r["method"] == "full")
+    lora = next(r for r in news["rows"] if (r["r"], r["targets"]) == (8, ["query", "value"]))
+
+    def line(label: str, values: list[str], ratio: float) -> list[str]:
+        return [label, *values, f"{ratio:.3g}"]
+
+    trainable = [mode["parameters"]["trainable"] for mode in modes]
+    saved = [mode["checkpoint_bytes"] for mode in modes]
+    accuracies = [f"{100 * r['mean']:.2f} ± {100 * r['half_width_95']:.2f}" for r in (full, lora)]
+    return "\n\n".join(
+        [
+            markdown(
+                [
+                    ["", "full fine-tuning", "LoRA", "LoRA / full"],
+                    line("trainable parameters", [f"{n:,}" for n in trainable], trainable[1] / trainable[0]),
+                    line("saved file", [size(n) for n in saved], saved[1] / saved[0]),
+                    line("training step, ms", [quantity(ms) for ms in times], times[1] / times[0]),
+                    line(
+                        "memory of a step, MiB",
+                        [mebibytes(n) for n in bytes_held],
+                        bytes_held[1] / bytes_held[0],
+                    ),
+                    ["test accuracy, %", *accuracies, ""],
+                ]
+            ),
+            prose(
+                f"The first four rows are roberta-base at {row['rows']} x {row['length']} tokens in"
+                f" {steps['precision']} on {steps['device']}, r = 8 on query and value. The last is MiniLM on"
+                f" {news['test_articles']:,} test articles of {news['data']}, mean and 95% interval over"
+                f" {len(full['seeds'])} seeds. After {drift['cycles']:,} cycles of merging and unmerging,"
+                f" {_changed(drift)} of the adapted weights differ."
+            ),
+        ]
+    )
+
+
+def _changed(drift: dict[str, Any]) -> str:
+    """The share of weights that differ after all cycles of merging, in the dtype where it is largest."""
+    changed = max(row["changed_after_all"] for row in drift["rows"] if row["implementation"] == "ours")
+    return f"{changed:.1%}" if changed else "none"
 
 
 def _merging(result: dict[str, Any]) -> str:
-    """The drift of both implementations in a sentence."""
+    """The drift of weights here and in PEFT, as a sentence."""
     rows = {(row["implementation"], row["dtype"]): row for row in result["rows"]}
-    ours = max(row["changed_after_all"] for (name, _), row in rows.items() if name == "ours")
-    words = f"{ours:.1%}" if ours else "none"
     if ("peft", "float32") not in rows:
-        return f"After {result['cycles']:,} cycles on MiniLM {words} of the adapted weights are others here."
+        return (
+            f"After {result['cycles']:,} cycles on MiniLM, {_changed(result)} of the adapted weights differ."
+        )
     single, half = rows["peft", "float32"], rows["peft", "bfloat16"]
     largest = f"{half['largest_change']:.1e}".replace("e-0", "e-")
     return prose(
-        f"Under PEFT {result['versions']['peft']}, after one cycle on MiniLM"
-        f" {single['changed_after_one']:.1%} of the adapted weights in float32 and"
-        f" {half['changed_after_one']:.1%} of those in bfloat16 are others; after {result['cycles']:,} cycles"
-        f" {single['changed_after_all']:.1%} and {half['changed_after_all']:.1%}, the latter by up to"
-        f" {largest}; and here {words}, in any dtype"
-        " (`make bench-merging`, [`bench/results/merging.json`](bench/results/merging.json))."
+        f"With PEFT {result['versions']['peft']} on MiniLM, {single['changed_after_one']:.1%} of the adapted"
+        f" weights in float32 and {half['changed_after_one']:.1%} in bfloat16 differ after one cycle, and"
+        f" {single['changed_after_all']:.1%} and {half['changed_after_all']:.1%} after {result['cycles']:,}"
+        f" cycles, in bfloat16 by up to {largest}. Here, {_changed(result)} differ in any dtype."
     )
 
 

@@ -1,6 +1,6 @@
-"""What the recipes reach on three seeds: the quickstart and, where AG News is at hand, minilm-agnews.
+"""The accuracy of the recipes on three seeds: the quickstart and, if AG News is given, minilm-agnews.
 
-The runs are ordinary ones in runs/, and one that is there already is not run again.
+The runs are ordinary ones in runs/. A finished run is not repeated.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _KEPT = (
 
 
 def run(quick: bool, data: str | None = None) -> dict[str, Any]:
-    """A row a run. Minutes each, and ten or so each for AG News from `data`."""
+    """One row per run. A run takes minutes, about ten for AG News from `data`."""
     shrunk = QUICK if quick else {}
     runs_folder = RUNS / "quick" if quick else RUNS
     planned: list[tuple[str, str, dict[str, Any], str]] = []
@@ -53,8 +53,8 @@ def run(quick: bool, data: str | None = None) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A row a run: command, accuracy, time."""
-    lines = [["what", "command", "test accuracy", "macro F1", "of articles", "training, min"]]
+    """One row per run: command, accuracy, time."""
+    lines = [["recipe", "command", "test accuracy", "macro F1", "test articles", "training, min"]]
     for row in result["rows"]:
         lines.append(
             [

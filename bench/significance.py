@@ -1,4 +1,4 @@
-"""Is a difference more than noise: an interval over seeds, and a paired test over articles."""
+"""Tests whether a difference is more than noise: an interval over seeds, a paired test over articles."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import math
 import statistics
 from collections.abc import Sequence
 
-# Student's t, 97.5%, by degrees of freedom (the usual table).
+# The 97.5% quantile of Student's t by degrees of freedom, from 1.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half the width of its 95% confidence interval by Student's t.
+    """The mean and half the width of its 95% confidence interval, by Student's t.
 
     Raises ValueError with fewer than 2 values or more than 10.
     """
@@ -23,9 +23,9 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
     """McNemar's exact test of two classifiers on the same articles (McNemar 1947).
 
-    first, second: whether each article was classified rightly. Returns how many only the first got right,
-    how many only the second, and the two-sided p-value: were both equally good, each article on which
-    they differ would be a fair coin.
+    first, second: whether each article was classified correctly. Returns the number of articles that only
+    the first classified correctly, the number for the second, and the two-sided p-value. Under the null
+    hypothesis, each article on which they differ is a fair coin toss.
     """
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))

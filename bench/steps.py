@@ -1,4 +1,4 @@
-"""Training steps side by side: made alike, timed in turn, and what each keeps in memory."""
+"""Training steps to compare: built alike, timed in interleaved rounds, and their memory by component."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
-from bench.rivals import RIVALS
+from bench.baselines import BASELINES
 from lora import LoraConfig, inject
-from lora.frozen import FrozenLinear
-from lora.parameters import train_only
+from lora.fast import FastLinear
+from lora.modules import train_only
 from model import HEAD, load_base, speed_up
 from train.hardware import autocast
 
@@ -37,11 +37,11 @@ T = TypeVar("T")
 
 
 @dataclass
-class Contestant:
-    """A model and its optimizer; `step` is forward, backward and optimizer on one fixed random batch."""
+class BenchModel:
+    """A model and its optimizer. `step` is forward, backward and optimizer on one fixed random batch."""
 
     name: str
-    model: Any  # a transformers model, bare or inside PEFT's wrappers
+    module: Any  # a transformers model, bare or in PEFT's wrapper
     optimizer: torch.optim.Optimizer
     input_ids: Tensor
     labels: Tensor
@@ -51,11 +51,11 @@ class Contestant:
     def forward(self) -> Tensor:
         """The loss."""
         with autocast(self.device, self.precision):
-            logits = self.model(input_ids=self.input_ids).logits  # nothing is padded, so there is no mask
+            logits = self.module(input_ids=self.input_ids).logits  # no padding, so no mask
         return F.cross_entropy(logits.float(), self.labels)
 
     def step(self) -> list[float]:
-        """One step of training; the seconds of its PHASES."""
+        """Runs one training step. Returns the seconds of its PHASES."""
         watch = Stopwatch(self.device)
         loss = self.forward()
         watch.mark()
@@ -67,7 +67,7 @@ class Contestant:
         return watch.seconds()
 
 
-def contestant(
+def make_model(
     kind: str,
     model_name: str,
     rows: int,
@@ -75,30 +75,31 @@ def contestant(
     precision: str,
     device: torch.device,
     config: LoraConfig = CONFIG,
-) -> Contestant:
-    """kind: "lora", "full" or "head", this project's; "peft" or "loralib", stock transformers under them.
+) -> BenchModel:
+    """Builds a model to compare. kind: "lora", "full" or "head" of this project, or "peft" or "loralib".
 
-    Ours get everything that makes them faster and applies to them: `speed_up`, and the fused AdamW.
+    The models of this project are sped up by `speed_up`; the baselines use transformers' layers. All use
+    the fused AdamW.
     """
     model: Any = load_base(model_name, num_labels=CLASSES)[0]
-    if kind in RIVALS:
-        model = RIVALS[kind](model, config)
+    if kind in BASELINES:
+        model = BASELINES[kind](model, config)
     elif kind == "lora":
         inject(model, config)
     elif kind == "head":
         train_only(model, HEAD)
     model.to(device)
-    if kind not in RIVALS:
+    if kind not in BASELINES:
         speed_up(model, precision)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
     input_ids, labels = random_batch(rows, length, device)
-    return Contestant(kind, model, optimizer, input_ids, labels, device, precision)
+    return BenchModel(kind, model, optimizer, input_ids, labels, device, precision)
 
 
 def random_batch(rows: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids (rows, length) and labels (rows,), always the same ones."""
+    """Token ids (rows, length) and labels (rows,), the same at every call."""
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(1000, 20000, (rows, length), generator=generator)
     labels = torch.randint(0, CLASSES, (rows,), generator=generator)
@@ -107,21 +108,21 @@ def random_batch(rows: int, length: int, device: torch.device) -> tuple[Tensor, 
 
 @torch.no_grad()
 def randomise(lora_B: Mapping[str, Tensor], seed: int = 0) -> None:
-    """Fills B, by layer, as large as training makes it: ΔW is then some percent of W."""
+    """Fills B with random values as large as training makes them: ΔW is a few percent of W."""
     generator = torch.Generator().manual_seed(seed)
     for name in sorted(lora_B):
         lora_B[name].copy_(0.02 * torch.randn(lora_B[name].shape, generator=generator))
 
 
 class Stopwatch:
-    """The seconds between marked moments, the first being its making.
+    """Measures the seconds between marks. The first mark is set by the constructor.
 
-    On CUDA the moments are events in the device's own queue, so that marking one waits for nothing.
+    On CUDA the marks are events in the stream, so that setting one does not wait for the device.
     """
 
     def __init__(self, device: torch.device):
         self._device = device
-        self._moments: list[Any] = []
+        self._marks: list[Any] = []
         synchronise(device)
         self.mark()
 
@@ -129,21 +130,21 @@ class Stopwatch:
         if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
-            self._moments.append(event)
+            self._marks.append(event)
         else:
-            self._moments.append(time.perf_counter())
+            self._marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
-        """A number for each mark: the time since the one before. Waits for the device."""
+        """For each mark, the time since the previous one. Waits for the device."""
         synchronise(self._device)
-        pairs = itertools.pairwise(self._moments)
+        pairs = itertools.pairwise(self._marks)
         if self._device.type == "cuda":
             return [before.elapsed_time(after) / 1e3 for before, after in pairs]
         return [after - before for before, after in pairs]
 
 
 def in_turn(tasks: dict[Name, Callable[[], T]], rounds: int, warm_up: int = 2) -> dict[Name, list[T]]:
-    """What each task gives in each round; the rounds go A B C A B C, so that drift meets all alike."""
+    """Runs the tasks in rounds (A B C, A B C), so that drift affects all alike. Returns results by task."""
     results: dict[Name, list[T]] = {name: [] for name in tasks}
     for round_number in tqdm(range(-warm_up, rounds), unit=" rounds", leave=False, disable=None):
         for name, task in tasks.items():
@@ -156,12 +157,12 @@ def in_turn(tasks: dict[Name, Callable[[], T]], rounds: int, warm_up: int = 2) -
 def time_in_turn(
     tasks: dict[str, Callable[[], object]], rounds: int, device: torch.device, warm_up: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each task in each round, the rounds as in `in_turn`."""
+    """The seconds of each task in each round, in rounds as in `in_turn`."""
     return in_turn({name: partial(time_once, task, device) for name, task in tasks.items()}, rounds, warm_up)
 
 
 def time_once(task: Callable[[], object], device: torch.device) -> float:
-    """The task's seconds."""
+    """The seconds that the task takes."""
     watch = Stopwatch(device)
     task()
     watch.mark()
@@ -171,31 +172,32 @@ def time_once(task: Callable[[], object], device: torch.device) -> float:
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
     """The ratio of the medians.
 
-    Over rounds drawn anew from a run's own, it varied as little as the median of the rounds' ratios did,
-    and a reader can recompute it from the medians beside it.
+    In bootstrap samples it varied as little as the median of the rounds' ratios, and a reader can
+    recompute it from the published medians.
     """
     return statistics.median(numerator) / statistics.median(denominator)
 
 
 def milliseconds(seconds: Sequence[float]) -> dict[str, float]:
-    """The median with its spread, the first and third quartile, and the least; from seconds."""
+    """The median, the first and third quartile and the minimum of some seconds, in milliseconds."""
     low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
     found = {"median": middle, "low": low, "high": high, "least": min(seconds)}
     return {name: round(1e3 * value, 3) for name, value in found.items()}
 
 
-def memory_bytes(entrant: Contestant) -> dict[str, int]:
-    """What one step holds: weights, their copies, gradients, optimizer state, and what backward keeps.
+def memory_bytes(model: BenchModel) -> dict[str, int]:
+    """The memory of one step by component: weights, copies, gradients, optimizer state, saved tensors.
 
-    The last is activations and casts of weights (of a weight's shape, in a 16-bit dtype): storages that
-    autograd saved and that are no parameter and no copy that stays.
+    Saved tensors are the storages that autograd saves for backward, other than Parameters and permanent
+    copies. They are divided into activations and casts of weights, which have the shape of a weight and a
+    16-bit dtype.
     """
-    entrant.step()
-    parameters = list(entrant.model.parameters())
+    model.step()
+    parameters = list(model.module.parameters())
     known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     copies = {}
-    for module in entrant.model.modules():
-        if isinstance(module, FrozenLinear):
+    for module in model.module.modules():
+        if isinstance(module, FastLinear):
             for tensor in module.copies:
                 copies[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
     shapes = {tuple(parameter.shape) for parameter in parameters if parameter.ndim == 2}
@@ -204,16 +206,16 @@ def memory_bytes(entrant: Contestant) -> dict[str, int]:
     casts: dict[int, tuple[int, Tensor]] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()  # itself would hold the graph, which holds this function: never freed
+        tensor = tensor.detach()  # the tensor itself would keep the graph alive, and with it this function
         storage = tensor.untyped_storage()
-        place = storage.data_ptr()
-        if place not in known and place not in copies:
+        address = storage.data_ptr()
+        if address not in known and address not in copies:
             is_cast = tensor.element_size() == 2 and tuple(tensor.shape) in shapes
-            (casts if is_cast else saved)[place] = (storage.nbytes(), tensor)  # held, so no address repeats
+            (casts if is_cast else saved)[address] = (storage.nbytes(), tensor)  # kept: no address is reused
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = entrant.forward()
+        loss = model.forward()
     activations, weight_casts = (sum(size for size, _ in kept.values()) for kept in (saved, casts))
     del loss
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -224,7 +226,7 @@ def memory_bytes(entrant: Contestant) -> dict[str, int]:
         "gradients": sum(parameter.nbytes for parameter in trained),
         "optimizer": sum(
             value.nbytes
-            for state in entrant.optimizer.state.values()
+            for state in model.optimizer.state.values()
             for value in state.values()
             if torch.is_tensor(value)
         ),
@@ -233,20 +235,20 @@ def memory_bytes(entrant: Contestant) -> dict[str, int]:
 
 
 def held_bytes(parts: Mapping[str, int]) -> int:
-    """The most of `memory_bytes`' parts that a step holds at once.
+    """The largest sum of `memory_bytes`' components that a step holds at once.
 
-    Gradients come as backward lets go of what it kept, activations and casts of weights, so the smaller
-    of the two is not counted.
+    Backward frees activations and casts of weights while it allocates gradients, so only the larger of the
+    two is counted.
     """
     return sum(parts.values()) - min(parts["gradients"], parts["activations"] + parts["weight_casts"])
 
 
 class Products:
-    """A step's own matrix products and nothing else; calling it computes them once. flops: of one call."""
+    """The matrix products of a step alone; calling the object computes them once. flops: of one call."""
 
     def __init__(self, factors: list[tuple[Tensor, Tensor]]):
         self._factors = factors
-        # (…, n, k) times (…, k, m): n·k·m multiplications and as many additions
+        # (…, n, k) @ (…, k, m): n·k·m multiplications and n·k·m additions
         self.flops = sum(2 * a.numel() * b.shape[-1] for a, b in factors)
 
     def __call__(self) -> None:
@@ -257,13 +259,13 @@ class Products:
 def matrix_products(
     model: Any, rows: int, length: int, dtype: torch.dtype, device: torch.device, kind: str = "lora"
 ) -> Products:
-    """The encoder's products in one step: forward; for LoRA on query and value and for full fine-tuning
-    backward to the input; for full fine-tuning backward to the weights. LoRA's own thin products are left
-    out.
+    """The matrix products of the encoder in one step, without LoRA's thin products.
 
-    Four of a layer's width, two of the feed-forward, two products of attention forward and four
-    backward. With frozen weights the first layer's three projections need no gradient of their input, nor
-    do its keys. The last layer computes all but key and value for the first token alone.
+    They are forward; for LoRA on query and value and for full fine-tuning also backward to the input; for
+    full fine-tuning also backward to the weights. A layer has four products of its width, two of the
+    feed-forward, and for attention two in forward and four in backward. With frozen weights, the first
+    layer's projections need no gradient of their input, and its keys need none. The last layer computes
+    everything but keys and values for the first token alone.
     """
     config = model.config
     width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads

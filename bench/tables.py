@@ -1,4 +1,4 @@
-"""Tables that read well on a terminal and are Markdown as well."""
+"""Markdown tables and text that are also readable on a terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table from its rows, the first being the head: the first column to the left, others to the right."""
+    """A table of rows, the first of which is the header. All columns but the first are right-aligned."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -21,27 +21,27 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def prose(text: str) -> str:
-    """A paragraph in lines that fit."""
+    """A paragraph, wrapped."""
     return textwrap.fill(text, 105, break_long_words=False, break_on_hyphens=False)
 
 
 def bullets(lines: Sequence[str]) -> str:
-    """A list, each point in lines that fit."""
+    """A list of points, wrapped."""
     return "\n".join(textwrap.indent(prose(line), "  ").replace("  ", "- ", 1) for line in lines)
 
 
 def quantity(value: float) -> str:
-    """Three digits that matter: 1,234 · 123 · 12.3 · 1.23."""
+    """Three significant digits: 1,234 · 123 · 12.3 · 1.23."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 
 def spread(times: Mapping[str, float]) -> str:
-    """The quartiles of what `bench.steps.milliseconds` gives: 1.23-1.45."""
+    """The quartiles of a result of `bench.steps.milliseconds`: 1.23-1.45."""
     return f"{quantity(times['low'])}-{quantity(times['high'])}"
 
 
 def size(count: float) -> str:
-    """Bytes in MB, a million each."""
+    """Bytes in MB (10^6 bytes)."""
     return f"{quantity(count / 1e6)} MB"
 
 

@@ -1,4 +1,4 @@
-"""How fast a training step is, and of what: full fine-tuning, LoRA and the head alone, side by side."""
+"""The speed of a training step by phase: full fine-tuning, LoRA and the head alone, side by side."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from bench import draw
+from bench import plotting
 from bench.steps import (
     CLASSES,
     MODES,
     PHASES,
     QUICK_SHAPES,
     SHAPES,
-    Contestant,
-    contestant,
+    BenchModel,
     in_turn,
+    make_model,
     matrix_products,
     milliseconds,
     ratio,
@@ -30,34 +30,35 @@ from bench.steps import (
 from bench.tables import markdown, prose, quantity, size, spread
 from lora import count_parameters
 from model import HEAD
+from model.fast import DTYPES
 from train.config import Recipe
-from train.hardware import DTYPES, resolve_device, resolve_precision
-from train.runs import save_trained
+from train.hardware import resolve_device, resolve_precision
+from train.trained import save_trained
 
 
 def run(quick: bool) -> dict[str, Any]:
-    """A row a model: parameters, bytes on disk, and the seconds of a step by phase, for each mode."""
+    """One row per model: for each mode parameters, bytes on disk, and the times of a step by phase."""
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)
     rounds = 3 if quick else 13
     rows = []
     for model_name, batch, length in QUICK_SHAPES if quick else SHAPES:
         print(f"throughput: {model_name} {batch}x{length} {precision}", file=sys.stderr)
-        entrants = {kind: contestant(kind, model_name, batch, length, precision, device) for kind in MODES}
+        models = {kind: make_model(kind, model_name, batch, length, precision, device) for kind in MODES}
         products = {
-            kind: matrix_products(entrant.model, batch, length, DTYPES[precision], device, kind)
-            for kind, entrant in entrants.items()
+            kind: matrix_products(model.module, batch, length, DTYPES[precision], device, kind)
+            for kind, model in models.items()
         }
-        tasks: dict[str, Callable[[], list[float]]] = {kind: entrants[kind].step for kind in MODES}
+        tasks: dict[str, Callable[[], list[float]]] = {kind: models[kind].step for kind in MODES}
         tasks |= {f"{kind} products": partial(_alone, products[kind], device) for kind in MODES}
         laps = in_turn(tasks, rounds)
         seconds = {name: [sum(lap) for lap in each] for name, each in laps.items()}
         modes = {}
-        for kind, entrant in entrants.items():
+        for kind, model in models.items():
             by_phase = {phase: [lap[i] for lap in laps[kind]] for i, phase in enumerate(PHASES)}
             median, ceiling = statistics.median(seconds[kind]), seconds[f"{kind} products"]
             modes[kind] = {
-                **_parameters(entrant, model_name),
+                **_parameters(model, model_name),
                 "milliseconds": {
                     "step": milliseconds(seconds[kind]),
                     **{phase: milliseconds(each) for phase, each in by_phase.items()},
@@ -74,7 +75,7 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A column a model and mode."""
+    """One column per model and mode."""
     columns = [(row, kind) for row in result["models"] for kind in MODES]
     cells = [row["modes"][kind] for row, kind in columns]
 
@@ -94,39 +95,39 @@ def table(result: dict[str, Any]) -> str:
         [
             prose(
                 f"{shapes}; LoRA r = 8 on query and value; {result['precision']}; {result['device']}."
-                f" Medians of {result['rounds']} interleaved rounds, in brackets the quartiles."
+                f" Medians of {result['rounds']} interleaved rounds, quartiles in brackets."
             ),
             markdown(
                 [
                     ["", *(f"{_short(row['model'])}, {MODES[kind]}" for row, kind in columns)],
                     line("parameters, total", lambda cell: f"{cell['parameters']['total']:,}"),
                     line("trainable", lambda cell: f"{cell['parameters']['trainable']:,}"),
-                    line("- share of all", lambda cell: f"{cell['trainable_share']:.2%}"),
-                    line("- LoRA's", lambda cell: f"{cell['parameters']['lora']:,}"),
-                    line("- the head's", lambda cell: f"{cell['parameters']['head']:,}"),
+                    line("- share of total", lambda cell: f"{cell['trainable_share']:.2%}"),
+                    line("- LoRA", lambda cell: f"{cell['parameters']['lora']:,}"),
+                    line("- head", lambda cell: f"{cell['parameters']['head']:,}"),
                     line("saved on disk", lambda cell: size(cell["checkpoint_bytes"])),
                     line("step, ms", step),
                     *(line(f"- {phase}", lambda cell, phase=phase: time(cell, phase)) for phase in PHASES),
-                    line("step over full's", lambda cell: f"{cell['step_over_full']:.2f}"),
-                    line("examples a second", lambda cell: quantity(cell["examples_per_second"])),
-                    line("tokens a second", lambda cell: quantity(cell["tokens_per_second"])),
+                    line("step / full fine-tuning's", lambda cell: f"{cell['step_over_full']:.2f}"),
+                    line("examples per second", lambda cell: quantity(cell["examples_per_second"])),
+                    line("tokens per second", lambda cell: quantity(cell["tokens_per_second"])),
                     line("its matrix products alone, ms", lambda cell: time(cell, "products")),
-                    line("- at GFLOP/s", lambda cell: quantity(cell["products_gflops"])),
-                    line("step over its products", lambda cell: f"{cell['step_over_products']:.2f}"),
+                    line("- GFLOP/s", lambda cell: quantity(cell["products_gflops"])),
+                    line("step / its matrix products", lambda cell: f"{cell['step_over_products']:.2f}"),
                 ]
             ),
-            *(prose(_why(row)) for row in result["models"]),
+            *(prose(_saving(row)) for row in result["models"]),
         ]
     )
 
 
 def figures(result: dict[str, Any], folder: Path) -> None:
-    """throughput.png: a bar a mode, cut into phases, and the mode's matrix products as a line across it."""
-    figure, axes = draw.panels(1, len(result["models"]), 5, 2.6)
+    """throughput.png: one bar per mode, divided into phases, with a line for the mode's matrix products."""
+    figure, axes = plotting.panels(1, len(result["models"]), 5, 2.6)
     for row, axis in zip(result["models"], axes[0], strict=True):
         for at, kind in enumerate(MODES):
             cell, left = row["modes"][kind], 0.0
-            for phase, color in zip(PHASES, (draw.BLUE, draw.ORANGE, draw.GREEN), strict=True):
+            for phase, color in zip(PHASES, (plotting.BLUE, plotting.ORANGE, plotting.GREEN), strict=True):
                 wide = cell["milliseconds"][phase]["median"]
                 axis.barh(at, wide, left=left, height=0.6, color=color, label=None if at else phase)
                 left += wide
@@ -140,35 +141,35 @@ def figures(result: dict[str, Any], folder: Path) -> None:
         axis.set_yticks(range(len(MODES)), MODES.values())
         axis.invert_yaxis()
         axis.margins(x=0.25)
-        axis.set(xlabel="ms a step", title=f"{row['model']}, {row['rows']} x {row['length']} tokens")
-    draw.save(figure, folder / "throughput.png")
+        axis.set(xlabel="ms per step", title=f"{row['model']}, {row['rows']} x {row['length']} tokens")
+    plotting.save(figure, folder / "throughput.png")
 
 
 def _alone(task: Callable[[], object], device: torch.device) -> list[float]:
     return [time_once(task, device)]
 
 
-def _parameters(entrant: Contestant, model_name: str) -> dict[str, Any]:
-    """Who trains, and what a run would leave on the disk: an adapter's folder, or the trained weights."""
-    ledger = count_parameters(entrant.model, HEAD)
-    recipe = Recipe(model=model_name, method=entrant.name)
+def _parameters(model: BenchModel, model_name: str) -> dict[str, Any]:
+    """Parameters by role, and the bytes that a run saves: an adapter's folder, or the trained weights."""
+    counts = count_parameters(model.module, HEAD)
+    recipe = Recipe(model=model_name, method=model.name)
     labels = tuple(f"LABEL_{i}" for i in range(CLASSES))
     with tempfile.TemporaryDirectory() as folder:
-        checkpoint_bytes = save_trained(entrant.model, Path(folder), recipe, labels)
+        checkpoint_bytes = save_trained(model.module, Path(folder), recipe, labels)
     roles = ("lora", "head", "base", "frozen", "trainable", "total")
     return {
-        "parameters": {role: getattr(ledger, role) for role in roles},
-        "trainable_share": round(ledger.trainable / ledger.total, 6),
+        "parameters": {role: getattr(counts, role) for role in roles},
+        "trainable_share": round(counts.trainable / counts.total, 6),
         "checkpoint_bytes": checkpoint_bytes,
     }
 
 
-def _why(row: dict[str, Any]) -> str:
-    """Which phases LoRA's saving comes from."""
+def _saving(row: dict[str, Any]) -> str:
+    """What LoRA saves in each phase."""
     full, lora = (row["modes"][kind]["milliseconds"] for kind in ("full", "lora"))
     saved = {phase: full[phase]["median"] - lora[phase]["median"] for phase in PHASES}
     parts = [f"{ms:+,.0f} ms in {phase}" for phase, ms in saved.items()]
-    return f"What LoRA saves a step of {_short(row['model'])}: {', '.join(parts)}."
+    return f"LoRA's saving per step of {_short(row['model'])}: {', '.join(parts)}."
 
 
 def _short(model_name: str) -> str:

@@ -1,7 +1,7 @@
-"""Taking an adapter apart to see which part does what: contexts that change it, and put every bit back.
+"""Ablations: contexts that change parts of an adapter and restore every bit on leaving.
 
-They act on a model whose layers are apart (unmerged) and enabled, and leave it so, on an exception too.
-Nothing is trained or saved inside: they are for looking.
+The model must be unmerged and enabled. It is restored on an exception too. The contexts are for analysis:
+do not train or save inside them.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from lora.modules import lora_layers
 
 
 @contextmanager
-def only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
-    """The adapter switched on in the layers of these names alone; with none, the bare base model.
+def enable_only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Enables the adapter in the layers with these names alone; with no names, the base model remains.
 
-    Raises RuntimeError if a layer is merged or switched off, ValueError on a name that has no adapter.
+    Raises RuntimeError if a layer is merged or disabled, ValueError if a name has no adapter.
     """
     layers = _unmerged(model)
     for name in names:
         if name not in layers:
-            raise ValueError(f"{name}: no adapted layer of this model; there are {', '.join(layers)}")
+            raise ValueError(f"{name}: not an adapted layer of this model, which has {', '.join(layers)}")
     try:
         for name, layer in layers.items():
             layer.enabled = name in names
@@ -38,9 +38,9 @@ def only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 
 @contextmanager
 def scaled(model: nn.Module, factor: float) -> Iterator[None]:
-    """ΔW times `factor` in every layer: 0 is the base model, 1 the adapter as it is, -1 its opposite.
+    """Multiplies ΔW by `factor` in every layer: 0 gives the base model, 1 the adapter, -1 its opposite.
 
-    Raises RuntimeError if a layer is merged or switched off.
+    Raises RuntimeError if a layer is merged or disabled.
     """
     layers = _unmerged(model)
     before = {name: layer.scaling for name, layer in layers.items()}
@@ -56,12 +56,12 @@ def scaled(model: nn.Module, factor: float) -> Iterator[None]:
 @contextmanager
 @torch.no_grad()
 def truncated(model: nn.Module, rank: int) -> Iterator[None]:
-    """Every ΔW replaced by its best approximation of that rank; a rank of r or more changes nothing.
+    """Replaces every ΔW by its best approximation of that rank; a rank of r or more changes nothing.
 
-    U_k·U_kᵀ·ΔW = s·(U_k·U_kᵀ·B)·A with ΔW's k strongest directions U_k, so B alone is written to, rounded
-    once to its dtype.
+    With the k strongest left singular vectors U_k of ΔW, U_k·U_kᵀ·ΔW = s·(U_k·U_kᵀ·B)·A. So only B is
+    written to. It is rounded once to its dtype.
 
-    Raises RuntimeError if a layer is merged or switched off, ValueError on a negative rank.
+    Raises RuntimeError if a layer is merged or disabled, ValueError if the rank is negative.
     """
     if rank < 0:
         raise ValueError(f"rank: {rank} is negative")
@@ -83,5 +83,5 @@ def _unmerged(model: nn.Module) -> dict[str, LoRALinear]:
         if layer.merged:
             raise RuntimeError(f"{name} is merged; unmerge the model first")
         if not layer.enabled:
-            raise RuntimeError(f"{name} is switched off; leave the context that did it first")
+            raise RuntimeError(f"{name} is disabled; leave the context that disabled it first")
     return layers

@@ -1,8 +1,8 @@
-"""What an adapter learnt, as mathematics on tensors: sizes, ranks, directions, and what they share.
+"""Analysis of what an adapter learned: sizes, ranks and directions of ΔW, and how two updates compare.
 
-Everything is computed in float64 and nothing here changes its arguments. M stands for a matrix
-(out, in), ΔW = s·B·A for an adapter's, s its scaling (lora/linear.py). Directions are orthonormal
-columns, strongest first: U (out, k) on the side of the outputs, V (in, k) on the side of the inputs.
+Everything is computed in float64, and no function changes its arguments. M is any matrix (out, in).
+ΔW = s·B·A is an adapter's update with scaling s (lora/linear.py). Directions are orthonormal columns,
+strongest first: U (out, k) in the output space, V (in, k) in the input space.
 
 Sources: Hu et al. 2021, arXiv 2106.09685, section 7 and appendices G and H (similarity, amplification);
 Roy and Vetterli, EUSIPCO 2007 (effective rank); Rudelson and Vershynin 2007, arXiv math/0503442 (stable
@@ -27,7 +27,7 @@ class Svd:
     V: Tensor
 
     def truncated(self, rank: int) -> Tensor:
-        """The best approximation of M with that rank, (out, in): its strongest directions (Eckart-Young)."""
+        """The best approximation of M of that rank, (out, in) (Eckart-Young theorem)."""
         return (self.U[:, :rank] * self.S[:rank]) @ self.V[:, :rank].T
 
 
@@ -40,13 +40,13 @@ def svd(M: Tensor) -> Svd:
 
 @torch.no_grad()
 def delta_svd(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Svd:
-    """ΔW = s·B·A decomposed, without ever forming it: lora_A (r, in), lora_B (out, r).
+    """The SVD of ΔW = s·B·A without forming ΔW: lora_A (r, in), lora_B (out, r).
 
     k = r, which must not exceed in or out.
 
-    With B = Q_B·R_B and Aᵀ = Q_A·R_A, ΔW = Q_B·(s·R_B·R_Aᵀ)·Q_Aᵀ: the singular values are those of the
-    r x r core in the middle, and its singular vectors turned by Q_B and Q_A are ΔW's. QR and SVD are both
-    backward stable, so a singular value is wrong by no more than rounding times the largest one.
+    With B = Q_B·R_B and Aᵀ = Q_A·R_A, ΔW = Q_B·(s·R_B·R_Aᵀ)·Q_Aᵀ. The singular values of ΔW are those of
+    the r x r core in the middle; its singular vectors are the core's, multiplied by Q_B and Q_A. QR and SVD
+    are backward stable, so the error of a singular value is at most rounding times the largest one.
     """
     Q_B, R_B = torch.linalg.qr(lora_B.double())  # (out, r), (r, r)
     Q_A, R_A = torch.linalg.qr(lora_A.double().T)  # (in, r), (r, r)
@@ -58,8 +58,8 @@ def delta_svd(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Svd:
 def singular_values_from_grams(gram_A: Tensor, gram_B: Tensor) -> Tensor:
     """Singular values of B·A, (r,) descending, from A·Aᵀ and Bᵀ·B alone, both (r, r) float64.
 
-    Cheap, for watching: squaring costs half of the digits, so a value is wrong by some 1e-8 of the
-    largest. `delta_svd` is exact.
+    Cheap enough to run during training. Squaring loses half of the digits: the error is about 1e-8 of the
+    largest value. `delta_svd` is accurate to rounding.
     """
     values, vectors = torch.linalg.eigh(gram_B)
     root = vectors * values.clamp(min=0).sqrt()  # Bᵀ·B = root·rootᵀ
@@ -69,7 +69,7 @@ def singular_values_from_grams(gram_A: Tensor, gram_B: Tensor) -> Tensor:
 
 
 def effective_rank(S: Tensor) -> float:
-    """exp(-Σ p·ln p) with p = S / ΣS, from 1 (one direction) to k (all alike); 0 for M = 0.
+    """exp(-Σ p·ln p) with p = S / ΣS, from 1 (one direction) to k (all equal); 0 for M = 0.
 
     Roy and Vetterli 2007, definition 1.
     """
@@ -79,7 +79,7 @@ def effective_rank(S: Tensor) -> float:
 
 
 def stable_rank(S: Tensor) -> float:
-    """‖M‖_F² / ‖M‖₂² = ΣS² / S₁²: a rank that small singular values hardly move; 0 for M = 0."""
+    """‖M‖_F² / ‖M‖₂² = ΣS² / S₁², which small singular values hardly change; 0 for M = 0."""
     if not S.any():
         return 0.0
     return float((S / S.max()).square().sum())
@@ -94,7 +94,7 @@ def energy(S: Tensor) -> Tensor:
 
 
 def rank_holding(S: Tensor, share: float) -> int:
-    """How many directions it takes to hold that share, in (0, 1), of ‖M‖_F²; 0 for M = 0."""
+    """The number of directions that hold this share, in (0, 1), of ‖M‖_F²; 0 for M = 0."""
     held = energy(S)
     return int((held < share).sum()) + 1 if held.any() else 0
 
@@ -103,8 +103,8 @@ def rank_holding(S: Tensor, share: float) -> int:
 def subspace_similarity(X: Tensor, Y: Tensor) -> Tensor:
     """φ(i, j) = ‖X_iᵀ·Y_j‖_F² / min(i, j) in [0, 1], (m, n): row i-1 and column j-1 hold φ(i, j).
 
-    X (d, m) and Y (d, n) are directions in one space, X_i the first i of them. 1: the smaller of the two
-    spans lies inside the other; 0: they are orthogonal. LoRA paper, section 7.2, equation 4.
+    X (d, m) and Y (d, n) are directions in one space; X_i is the first i columns of X. 1 means that the
+    smaller span lies inside the larger one, 0 that they are orthogonal. LoRA paper, section 7.2, equation 4.
     """
     m, n = X.shape[1], Y.shape[1]
     sums = (X.double().T @ Y.double()).square().cumsum(0).cumsum(1)
@@ -112,20 +112,20 @@ def subspace_similarity(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def expected_similarity(m: int, n: int, d: int) -> Tensor:
-    """What φ is on average over random directions in d dimensions: max(i, j) / d, (m, n).
+    """The mean of φ over random directions in d dimensions: max(i, j) / d, (m, n).
 
-    A fixed unit vector has on average j/d of its length squared in a random span of j directions, so
-    E‖X_iᵀ·Y_j‖_F² = i·j/d. The baseline to hold a φ against: the paper's figure 4, on the right.
+    A random span of j directions holds on average j/d of the squared length of a unit vector, so
+    E‖X_iᵀ·Y_j‖_F² = i·j/d. This is the baseline for φ, as in the right panel of the paper's figure 4.
     """
     return torch.maximum(torch.arange(1, m + 1)[:, None], torch.arange(1, n + 1)).double() / d
 
 
 @torch.no_grad()
 def principal_angles(X: Tensor, Y: Tensor) -> Tensor:
-    """The angles between two spans, (min(m, n),), in radians from 0 to π/2, ascending.
+    """The principal angles between two spans, (min(m, n),), in radians from 0 to π/2, ascending.
 
-    X (d, m) and Y (d, n) are directions. Cosines lose small angles to rounding and sines lose large ones,
-    so each angle comes from both (Björck and Golub 1973, section 3).
+    X (d, m) and Y (d, n) are directions. Small angles are inaccurate from their cosine and large ones from
+    their sine, so each angle is computed from both (Björck and Golub 1973, section 3).
     """
     X, Y = X.double(), Y.double()
     if X.shape[1] < Y.shape[1]:
@@ -138,23 +138,23 @@ def principal_angles(X: Tensor, Y: Tensor) -> Tensor:
 
 @torch.no_grad()
 def projected_norm(M: Tensor, U: Tensor, V: Tensor) -> float:
-    """‖Uᵀ·M·V‖_F: how much M there is in those directions. LoRA paper, section 7.3."""
+    """‖Uᵀ·M·V‖_F, the size of M in the directions U and V. LoRA paper, section 7.3."""
     return float((U.double().T @ M.double() @ V.double()).norm())
 
 
 def expected_projected_norm(norm: float, shape: tuple[int, int], rank: int) -> float:
-    """‖Uᵀ·M·V‖_F for random directions, `rank` on both sides: rank·‖M‖_F / √(out·in), as a root mean square.
+    """The root mean square of ‖Uᵀ·M·V‖_F over random U and V of `rank` columns: rank·‖M‖_F / √(out·in).
 
-    norm: ‖M‖_F, shape: M's (out, in). The column "Random" of the LoRA paper's table 7, without drawing.
+    norm: ‖M‖_F. shape: (out, in) of M. The column "Random" of the LoRA paper's table 7 in closed form.
     """
     out, in_ = shape
     return min(rank, out, in_) * norm / math.sqrt(out * in_)
 
 
 def amplification(delta: Svd, weight: Tensor) -> float:
-    """‖ΔW‖_F / ‖Uᵀ·W·V‖_F, U and V being ΔW's directions: how many times what W had there; 0 for ΔW = 0.
+    """‖ΔW‖_F / ‖Uᵀ·W·V‖_F with the directions U and V of ΔW; 0 for ΔW = 0.
 
-    LoRA paper, section 7.3 and table 7. Large: ΔW speaks up what W only whispered.
+    A large factor means that ΔW amplifies directions that are weak in W. LoRA paper, section 7.3, table 7.
     """
     if not delta.S.any():
         return 0.0
@@ -164,7 +164,7 @@ def amplification(delta: Svd, weight: Tensor) -> float:
 
 @torch.no_grad()
 def captured_energy(M: Tensor, U: Tensor, V: Tensor) -> Tensor:
-    """‖U_kᵀ·M·V_k‖_F² / ‖M‖_F² for k = 1, 2, …, (K,): the share of M inside another matrix' directions.
+    """‖U_kᵀ·M·V_k‖_F² / ‖M‖_F² for k = 1, 2, …, K, (K,): the share of M in another matrix's directions.
 
     Zeros for M = 0.
     """
@@ -176,15 +176,15 @@ def captured_energy(M: Tensor, U: Tensor, V: Tensor) -> Tensor:
 
 @torch.no_grad()
 def nearest_cosines(U: Tensor, U_pretrained: Tensor) -> Tensor:
-    """For each column of U (out, k) its largest |cosine| with a column of U_pretrained (out, n): (k,).
+    """For each column of U (out, k), the largest |cosine| with a column of U_pretrained (out, n): (k,).
 
-    A tuned matrix' singular vector whose value is below some ε is an intruder dimension: it looks like
-    none of the pretrained ones. Shuttleworth et al. 2024, definition 3.1 and algorithm 1. The sign of a
-    singular vector means nothing, hence the absolute value.
+    A singular vector of a tuned matrix is an intruder dimension if this value is below some ε: it is
+    similar to no pretrained one (Shuttleworth et al. 2024, definition 3.1 and algorithm 1). The absolute
+    value is used because the sign of a singular vector is arbitrary.
     """
     return (U.double().T @ U_pretrained.double()).abs().amax(dim=1)
 
 
 def intruders(cosines: Tensor, epsilon: float) -> int:
-    """How many of the `nearest_cosines` are below ε, in (0, 1]."""
+    """The number of `nearest_cosines` below ε, in (0, 1]."""
     return int((cosines < epsilon).sum())

@@ -13,7 +13,7 @@ import torch
 from conftest import randomise_adapter
 
 from lora import inject, merge
-from lora.ablate import only, scaled, truncated
+from lora.ablate import enable_only, scaled, truncated
 from lora.anatomy import (
     amplification,
     captured_energy,
@@ -32,7 +32,7 @@ from lora.anatomy import (
     subspace_similarity,
     svd,
 )
-from lora.tree import lora_layers
+from lora.modules import lora_layers
 
 OUT, IN = 20, 30
 
@@ -267,7 +267,7 @@ def assert_as_before(model, before, scalings):
 
 
 @pytest.mark.parametrize(
-    "change", [lambda m: only(m, []), lambda m: scaled(m, 0.0), lambda m: truncated(m, 1)]
+    "change", [lambda m: enable_only(m, []), lambda m: scaled(m, 0.0), lambda m: truncated(m, 1)]
 )
 def test_every_change_shows_at_once_and_every_bit_is_put_back_on_an_exception_too(adapted, input_ids, change):
     before, scalings = state(adapted), [layer.scaling for layer in lora_layers(adapted).values()]
@@ -281,18 +281,18 @@ def test_every_change_shows_at_once_and_every_bit_is_put_back_on_an_exception_to
     assert torch.equal(logits(adapted, input_ids), whole)
 
 
-def test_only_leaves_the_named_layers_on(adapted, input_ids):
+def test_enable_only_leaves_the_named_layers_enabled(adapted, input_ids):
     names = list(lora_layers(adapted))
     by_hand = copy.deepcopy(adapted)
     with torch.no_grad():
         for name in names[1:]:
             by_hand.get_parameter(f"{name}.lora_B").zero_()
-    with only(adapted, names[:1]):
+    with enable_only(adapted, names[:1]):
         # a sum with an exact zero in it
         torch.testing.assert_close(
             logits(adapted, input_ids), logits(by_hand, input_ids), rtol=1e-6, atol=1e-6
         )
-    with pytest.raises(ValueError, match="no adapted layer"), only(adapted, ["classifier"]):
+    with pytest.raises(ValueError, match="not an adapted layer"), enable_only(adapted, ["classifier"]):
         pass
 
 
@@ -319,6 +319,6 @@ def test_truncated_leaves_the_best_approximation_of_every_delta(adapted, rank):
 
 def test_a_merged_adapter_cannot_be_taken_apart(adapted):
     merge(adapted)
-    for change in (only(adapted, []), scaled(adapted, 0.0), truncated(adapted, 1)):
+    for change in (enable_only(adapted, []), scaled(adapted, 0.0), truncated(adapted, 1)):
         with pytest.raises(RuntimeError, match="is merged; unmerge the model first"), change:
             pass

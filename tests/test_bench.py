@@ -1,8 +1,7 @@
-"""make bench: every part runs, says JSON last, adds up, and the README shows what was measured."""
+"""make bench: every part runs, prints JSON last, and its numbers are consistent."""
 
 import importlib
 import json
-import re
 import subprocess
 import sys
 import weakref
@@ -14,20 +13,19 @@ from conftest import tiny_roberta
 
 from bench import growth, inference, peers
 from bench.__main__ import ALL, PARTS, main
-from bench.readme import README, RESULTS, names, rewritten
 from bench.steps import (
     MODES,
     PHASES,
-    Contestant,
-    contestant,
+    BenchModel,
     held_bytes,
     in_turn,
+    make_model,
     matrix_products,
     memory_bytes,
     milliseconds,
 )
 from bench.tables import markdown
-from lora.parameters import train_only
+from lora.modules import train_only
 from model import HEAD, speed_up
 from train.runs import RunError
 
@@ -37,7 +35,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def quick():
-    """What each part of `python -m bench` gives with --quick, and what it printed."""
+    """The output of `python -m bench --quick`."""
     return subprocess.run(
         [sys.executable, "-m", "bench", "--quick"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -58,12 +56,13 @@ def test_json_is_the_last_line_and_progress_is_on_stderr(quick, results):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_result_says_where_it_was_measured(results, name):
+def test_a_result_records_commit_machine_and_versions(results, name):
     result = results[name]
     assert result["part"] == name
     assert result["quick"] is True
     assert {"device", "threads", "seed", "precision", "versions"} <= set(result)
     assert {"python", "torch", "transformers"} <= set(result["versions"])
+    assert {"commit", "clean_tree"} <= set(result)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -73,13 +72,13 @@ def test_the_table_and_the_figures_are_made_from_the_json_alone(quick, results, 
     assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_parameters_are_counted_and_checkpoints_are_as_large_as_what_trains(results):
+def test_checkpoints_are_as_large_as_the_trained_parameters(results):
     for row in results["throughput"]["models"]:
         for kind, mode in row["modes"].items():
             count = mode["parameters"]
             assert count["lora"] + count["head"] + count["base"] == count["trainable"]
             assert count["trainable"] + count["frozen"] == count["total"]
-            # float32; safetensors' header and the adapter's config are some kilobytes on top
+            # float32; safetensors' header and the adapter's config add some kilobytes
             assert 0 < mode["checkpoint_bytes"] - 4 * count["trainable"] < 20_000, kind
         assert row["modes"]["full"]["parameters"]["frozen"] == 0
         assert row["modes"]["lora"]["parameters"]["head"] == row["modes"]["head"]["parameters"]["trainable"]
@@ -96,24 +95,24 @@ def test_phases_and_ratios_are_those_of_the_steps(results):
             assert mode["examples_per_second"] == pytest.approx(rows_per_second, rel=1e-3)
 
 
-def test_memory_adds_up_and_says_what_lora_saves(results):
+def test_memory_components_add_up(results):
     rows = {row["mode"]: row for row in results["memory"]["rows"]}
     assert list(rows) == list(MODES)
     for row in rows.values():
         parts = row["components"]
         assert row["after_forward_bytes"] + parts["gradients"] == sum(parts.values())
-        goes = parts["activations"] + parts["weight_casts"]  # with the graph
-        assert row["after_backward_bytes"] + goes == sum(parts.values())
+        freed = parts["activations"] + parts["weight_casts"]  # with the graph
+        assert row["after_backward_bytes"] + freed == sum(parts.values())
         assert row["peak_above_bare_bytes"] + row["bare_bytes"] == row["peak_bytes"]
     full, lora, head = (rows[kind]["components"] for kind in ("full", "lora", "head"))
     assert lora["weights"] == head["weights"] + 4 * 73_728  # MiniLM's own adapter, r = 8, float32
-    # AdamW keeps two numbers for each that trains, and a step count a tensor
+    # AdamW keeps two numbers per trained parameter, and a step count per tensor
     for parts in (full, lora, head):
         assert 0 < parts["optimizer"] - 2 * parts["gradients"] < 1000
     assert full["gradients"] == full["weights"] > 50 * lora["gradients"]
 
 
-def test_components_are_the_arithmetic_of_a_tiny_model():
+def test_memory_components_of_a_tiny_model_equal_arithmetic():
     model = tiny_roberta()
     train_only(model, HEAD)
     speed_up(model, "bf16")
@@ -121,12 +120,12 @@ def test_components_are_the_arithmetic_of_a_tiny_model():
     frozen_linears = 2 * (4 * (32 * 32 + 32) + 32 * 64 + 64 + 64 * 32 + 32)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     ids = torch.arange(3, 33).reshape(5, 6)
-    entrant = Contestant("head", model.train(), optimizer, ids, torch.tensor([0, 1, 2, 0, 1]), CPU, "bf16")
-    parts = memory_bytes(entrant)
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    parts = memory_bytes(BenchModel("head", model.train(), optimizer, ids, labels, CPU, "bf16"))
     assert parts["weights"] == 4 * sum(p.numel() for p in model.parameters())
     assert parts["gradients"] == 4 * head
     assert parts["optimizer"] == 8 * head + 4 * len(list(model.classifier.parameters()))
-    # 2 bytes a number: speed_up's copies, and autocast's of the one head weight that backward goes through
+    # 2 bytes per element: the copies of speed_up, and autocast's cast of the head weight that backward uses
     assert (parts["weight_copies"], parts["weight_casts"]) == (2 * frozen_linears, 2 * 3 * 32)
 
 
@@ -135,7 +134,7 @@ def test_inference_compares_three_states_of_one_model(results):
     for batch in result["batches"]:
         assert set(batch["milliseconds"]) == set(inference.STATES)
         assert batch["over_base"]["base"] == 1
-    assert set(result["acts_milliseconds"]) == set(inference.ACTS)
+    assert set(result["operation_milliseconds"]) == set(inference.OPERATIONS)
 
 
 def test_growth_covers_its_range_and_names_the_first_point_at_which_lora_is_no_faster(results):
@@ -153,7 +152,7 @@ def test_growth_covers_its_range_and_names_the_first_point_at_which_lora_is_no_f
     assert grown[1] - grown[0] == 63 * 6 * 2 * (384 + 384)  # ranks 1 and 64
 
 
-def test_a_quick_run_is_not_kept(monkeypatch, tmp_path, capsys):
+def test_a_quick_run_is_not_saved(monkeypatch, tmp_path, capsys):
     module = importlib.import_module("bench.__main__")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     part = type("Part", (), {"run": lambda quick: {"x": 1}, "table": lambda result: "table"})
@@ -161,8 +160,8 @@ def test_a_quick_run_is_not_kept(monkeypatch, tmp_path, capsys):
     assert main(["growth", "--quick", "--save"]) == 0
     assert not list(tmp_path.iterdir())
     assert main(["growth", "--save"]) == 0
-    (kept,) = tmp_path.rglob("*.json")
-    assert json.loads(kept.read_text()) == json.loads(capsys.readouterr().out.splitlines()[-1])
+    (saved,) = tmp_path.rglob("*.json")
+    assert json.loads(saved.read_text()) == json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
 def test_results_of_given_data_are_not_lost_to_a_run_without_it(monkeypatch, tmp_path, capsys):
@@ -175,27 +174,27 @@ def test_results_of_given_data_are_not_lost_to_a_run_without_it(monkeypatch, tmp
     assert main(["accuracy", "--save", "--data", "some_news"]) == 0
     assert main(["accuracy", "--save"]) == 0
     out, err = capsys.readouterr()
-    assert "accuracy.json has some_news too" in err
-    assert json.loads(out.splitlines()[-1])["x"] is None  # it is printed all the same
+    assert "accuracy.json also has some_news" in err
+    assert json.loads(out.splitlines()[-1])["x"] is None  # printed nevertheless
     assert json.loads((tmp_path / "accuracy.json").read_text())["x"] == "some_news"
 
 
-def test_results_beside_a_rival_are_not_lost_to_a_run_without_it(monkeypatch, tmp_path, capsys):
+def test_results_of_a_baseline_are_not_lost_to_a_run_without_it(monkeypatch, tmp_path, capsys):
     module = importlib.import_module("bench.__main__")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
     part = type("Part", (), {"run": lambda quick: {}, "table": lambda result: "table"})
     monkeypatch.setitem(PARTS, "merging", part)
-    kept = json.dumps({"part": "merging", "versions": {"torch": "1", "python": "3", "no-such-rival": "2"}})
+    kept = json.dumps({"part": "merging", "versions": {"torch": "1", "python": "3", "no-such-baseline": "2"}})
     (tmp_path / "merging.json").write_text(kept)
     assert main(["merging", "--save"]) == 0
-    assert "merging.json has no-such-rival too" in capsys.readouterr().err
+    assert "merging.json also has no-such-baseline" in capsys.readouterr().err
     assert (tmp_path / "merging.json").read_text() == kept
     (tmp_path / "merging.json").write_text("damaged")
     assert main(["merging", "--save"]) == 0
     assert json.loads((tmp_path / "merging.json").read_text())["part"] == "merging"
 
 
-def test_what_cannot_be_kept_is_printed_and_an_error(monkeypatch, tmp_path, capsys):
+def test_results_that_cannot_be_saved_are_printed_and_an_error(monkeypatch, tmp_path, capsys):
     module = importlib.import_module("bench.__main__")
     (tmp_path / "file").touch()
     monkeypatch.setattr(module, "RESULTS", tmp_path / "file" / "results")
@@ -203,10 +202,10 @@ def test_what_cannot_be_kept_is_printed_and_an_error(monkeypatch, tmp_path, caps
     assert main(["growth", "--save"]) == 1
     out, err = capsys.readouterr()
     assert json.loads(out.splitlines()[-1])["x"] == 1
-    assert "error: not kept" in err
+    assert "error: not saved" in err
 
 
-def test_a_run_of_other_settings_is_an_error_and_not_a_traceback(monkeypatch, capsys):
+def test_a_run_of_other_settings_is_an_error_without_traceback(monkeypatch, capsys):
     def run(quick):
         raise RunError("runs/here: a run of other settings")
 
@@ -215,23 +214,23 @@ def test_a_run_of_other_settings_is_an_error_and_not_a_traceback(monkeypatch, ca
     assert "error: runs/here: a run of other settings" in capsys.readouterr().err
 
 
-def test_data_that_is_not_there_is_an_error_before_anything_runs(capsys):
+def test_missing_data_is_an_error_before_anything_runs(capsys):
     with pytest.raises(SystemExit):
         main(["accuracy", "--data", "./no/such"])
     assert "./no/such: there is no such folder" in capsys.readouterr().err
 
 
-def test_what_a_step_holds_counts_the_larger_of_gradients_and_what_they_take_the_place_of():
+def test_held_bytes_count_the_larger_of_gradients_and_saved_tensors():
     parts = {"weights": 100, "weight_copies": 10, "optimizer": 4, "gradients": 2}
     kept = {"activations": 30, "weight_casts": 20}
     assert held_bytes(parts | kept) == 164
     assert held_bytes(parts | kept | {"gradients": 70}) == 184
 
 
-# --- steps side by side -----------------------------------------------------------------------------
+# --- interleaved steps -----------------------------------------------------------------------------
 
 
-def test_rounds_are_interleaved_and_warm_up_is_left_out():
+def test_rounds_are_interleaved_and_warm_up_is_excluded():
     calls = []
     tasks = {name: lambda name=name: calls.append(name) or len(calls) for name in "AB"}
     results = in_turn(tasks, rounds=2, warm_up=1)
@@ -239,14 +238,14 @@ def test_rounds_are_interleaved_and_warm_up_is_left_out():
     assert results == {"A": [3, 5], "B": [4, 6]}
 
 
-def test_milliseconds_are_the_median_the_quartiles_and_the_least():
+def test_milliseconds_are_the_median_the_quartiles_and_the_minimum():
     seconds = [0.005, 0.001, 0.002, 0.004, 0.003]
     assert milliseconds(seconds) == {"median": 3, "low": 2, "high": 4, "least": 1}
 
 
-def test_looking_at_what_backward_keeps_leaves_nothing_behind():
-    entrant = contestant("lora", "random:minilm", 2, 8, "fp32", CPU)
-    memory_bytes(entrant)
+def test_measuring_saved_tensors_frees_the_graph():
+    model = make_model("lora", "random:minilm", 2, 8, "fp32", CPU)
+    memory_bytes(model)
     kept = []
 
     class Watched(torch.autograd.Function):
@@ -261,14 +260,14 @@ def test_looking_at_what_backward_keeps_leaves_nothing_behind():
         def backward(ctx, grad):
             return grad
 
-    forward = entrant.forward
-    entrant.forward = lambda: Watched.apply(forward())
-    memory_bytes(entrant)
+    forward = model.forward
+    model.forward = lambda: Watched.apply(forward())
+    memory_bytes(model)
     assert kept
     assert not any(reference() is not None for reference in kept)
 
 
-def test_products_are_counted_as_arithmetic_says():
+def test_flops_of_the_products_equal_arithmetic():
     model = tiny_roberta()
     rows, length, width, inner = 3, 10, 32, 64
     square, feed_forward, attention = 2 * width * width, 2 * 2 * width * inner, 2 * 2 * length * width
@@ -289,65 +288,19 @@ def test_products_are_counted_as_arithmetic_says():
 
 
 @pytest.mark.parametrize("kind", MODES)
-def test_a_step_trains_what_its_mode_says_and_nothing_else(kind):
-    entrant = contestant(kind, "random:minilm", 2, 8, "fp32", CPU)
-    before = {name: p.detach().clone() for name, p in entrant.model.named_parameters()}
-    assert len(entrant.step()) == len(PHASES)
-    changed = {name for name, p in entrant.model.named_parameters() if not torch.equal(p, before[name])}
-    wanted = {
+def test_a_step_trains_the_parameters_of_its_mode_only(kind):
+    model = make_model(kind, "random:minilm", 2, 8, "fp32", CPU)
+    before = {name: p.detach().clone() for name, p in model.module.named_parameters()}
+    assert len(model.step()) == len(PHASES)
+    changed = {name for name, p in model.module.named_parameters() if not torch.equal(p, before[name])}
+    expected = {
         "full": set(before),
         "lora": {name for name in before if name.endswith("lora_B") or name.startswith("classifier")},
         "head": {name for name in before if name.startswith("classifier")},
     }[kind]
-    if kind == "lora":  # lora_B is zero at first, so lora_A has no gradient yet; AdamW's decay moves it
+    if kind == "lora":  # lora_B is zero at first, so lora_A has no gradient; weight decay changes it
         changed = {name for name in changed if not name.endswith("lora_A")}
-    assert changed == wanted
-
-
-# --- the README ----------------------------------------------------------------------------------------
-
-
-def test_the_readme_shows_what_the_json_says():
-    text = README.read_text()
-    assert {"throughput", "memory", "inference", "growth", "merging"} <= set(names(text))
-    assert rewritten(text, RESULTS) == text, "python -m bench.readme writes README.md anew"
-
-
-def test_another_figure_in_the_json_is_another_figure_in_the_readme(tmp_path):
-    text = README.read_text()
-    for path in RESULTS.glob("*.json"):
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    assert rewritten(text, tmp_path) == text
-    merging = json.loads((tmp_path / "merging.json").read_text())
-    for row in merging["rows"]:
-        row["changed_after_all"] *= 2
-    (tmp_path / "merging.json").write_text(json.dumps(merging))
-    changed = rewritten(text, tmp_path)
-    assert changed != text
-    assert "14.8%" in changed
-
-
-def test_what_has_no_results_yet_is_said(tmp_path):
-    text = "before\n<!-- bench:throughput -->\nold\n<!-- /bench -->\nafter\n"
-    new = rewritten(text, tmp_path)
-    assert "Not measured yet" in new
-    assert new.startswith("before\n<!-- bench:throughput -->\n")
-    assert new.endswith("\n<!-- /bench -->\nafter\n")
-    assert rewritten(new, tmp_path) == new
-
-
-def test_the_section_has_no_measured_figure_outside_its_markers():
-    text = README.read_text()
-    section = text[text.index("## What LoRA costs and saves") : text.index("## Parameters, counted")]
-    prose = re.sub(r"<!-- bench:\S+ -->.*?<!-- /bench -->", "", section, flags=re.DOTALL)
-    assert prose != section
-    assert not re.findall(r"\d[\d.,]*\s?(?:ms|MiB|MB|times|seconds|GFLOP)", prose)
-    assert re.findall(r"\d[\d.,]*\s?%", prose) == ["10%"]  # what two runs should agree on
-
-
-def test_figures_named_in_the_readme_are_there():
-    for path in re.findall(r"\]\((bench/results/[^)]+)\)", README.read_text()):
-        assert (ROOT / path).is_file(), path
+    assert changed == expected
 
 
 def test_a_table_is_markdown_and_lines_up():
@@ -356,10 +309,10 @@ def test_a_table_is_markdown_and_lines_up():
     assert len({len(line) for line in lines}) == 1
 
 
-# --- the rivals --------------------------------------------------------------------------------------
+# --- the baselines --------------------------------------------------------------------------------------
 
 
-def test_a_rival_that_is_not_installed_is_left_out_by_name(monkeypatch, capsys):
+def test_a_baseline_that_is_not_installed_is_left_out_by_name(monkeypatch, capsys):
     monkeypatch.setattr(peers, "installed", list)
     result = peers.run(quick=True)
     assert {"peft is not installed, so it is left out", "loralib is not installed, so it is left out"} <= {
@@ -378,7 +331,7 @@ def test_the_original_needs_its_own_packages(monkeypatch):
         PARTS["original"].run(quick=True)
 
 
-def test_data_is_for_the_parts_that_read_news(capsys):
+def test_data_is_refused_for_parts_that_read_none(capsys):
     with pytest.raises(SystemExit):
         main(["memory", "--data", "somewhere"])
     assert "--data goes with original, accuracy, recipes, not with memory" in capsys.readouterr().err

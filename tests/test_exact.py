@@ -255,7 +255,9 @@ def test_a_copy_of_a_merged_model_computes_the_same_and_unmerges_by_itself(adapt
 def test_the_kept_weight_is_no_alias_and_goes_with_the_merge(adapted):
     merge(adapted)
     for layer in lora_layers(adapted).values():
-        assert layer._unmerged_weight.untyped_storage().data_ptr() != layer.weight.untyped_storage().data_ptr()
+        assert (
+            layer._unmerged_weight.untyped_storage().data_ptr() != layer.weight.untyped_storage().data_ptr()
+        )
         kept = layer._unmerged_weight.clone()
         with torch.no_grad():
             layer.weight.add_(1)

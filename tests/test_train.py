@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-from functools import partial
 
 import numpy as np
 import pytest
@@ -15,8 +14,8 @@ from conftest import content
 
 from lora import inject, read_adapter
 from lora.files import CONFIG_FILE, TENSOR_FILE
-from lora.storage import digest
 from lora.modules import train_only
+from lora.storage import digest
 from model import HEAD, load_base
 from train import evaluate, predict, runs
 from train.batches import encode

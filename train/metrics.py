@@ -1,4 +1,4 @@
-"""Scores of a classifier, all from the confusion matrix: counts add up over batches and processes."""
+"""Scores of a classifier, computed from its confusion matrix."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ class Scores:
 
     @classmethod
     def of(cls, labels: np.ndarray, predictions: np.ndarray, classes: int) -> Scores:
-        """Counts pairs of true and predicted class index."""
+        """The scores of class indices, both (rows,): `labels` are true, `predictions` predicted."""
         pairs = np.bincount(labels * classes + predictions, minlength=classes * classes)
         return cls(pairs.reshape(classes, classes))
 
     @property
     def accuracy(self) -> float:
-        """Share of rows on the diagonal; 0 where there are none."""
+        """The share of correct predictions; 0 if there are no rows."""
         return float(np.trace(self.confusion) / max(self.confusion.sum(), 1))
 
     @property
     def precision(self) -> np.ndarray:
-        """By class: of what was called it, the share that is it; 0 where nothing was."""
+        """By class: the share of its predictions that are correct; 0 if there are none."""
         return np.asarray(np.diag(self.confusion) / np.maximum(self.confusion.sum(axis=0), 1))
 
     @property
     def recall(self) -> np.ndarray:
-        """By class: of what is it, the share that was called it; 0 where nothing is."""
+        """By class: the share of its rows that are predicted correctly; 0 if there are none."""
         return np.asarray(np.diag(self.confusion) / np.maximum(self.confusion.sum(axis=1), 1))
 
     @property
     def f1(self) -> np.ndarray:
-        """By class: the harmonic mean of precision and recall, 2·hits / (called it + are it)."""
+        """By class: the harmonic mean of precision and recall, 2·correct / (predicted + true)."""
         both = self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
         return np.asarray(2 * np.diag(self.confusion) / np.maximum(both, 1))
 
     @property
     def macro_f1(self) -> float:
-        """The classes' mean F1."""
+        """The mean F1 over the classes."""
         return float(self.f1.mean())
 
     def report(self, labels: tuple[str, ...]) -> list[dict[str, Any]]:
-        """A row a class: label, precision, recall, f1, rows."""
+        """One row per class: label, precision, recall, f1, rows."""
         columns = zip(labels, self.precision, self.recall, self.f1, self.confusion.sum(axis=1), strict=True)
         return [
             {"label": label, "precision": float(p), "recall": float(r), "f1": float(f), "rows": int(n)}
@@ -55,7 +55,7 @@ class Scores:
         ]
 
     def table(self, labels: tuple[str, ...]) -> str:
-        """The report to read."""
+        """The report as text."""
         width = max(12, *(len(label) for label in labels))
         lines = [f"{'':<{width}}  precision  recall      f1   rows"]
         lines += [

@@ -1,4 +1,4 @@
-"""A run's figures: accuracy and loss by epoch, the confusion matrix, the report by class."""
+"""The figures of a run: accuracy and loss by epoch, the confusion matrix, the report by class."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def draw_all(
 ) -> None:
     """Writes curves.png, confusion_matrix.png and classification_report.png.
 
-    history: a row an epoch (epoch, val_accuracy, val_loss). lines: the logged steps (epoch, loss).
+    history: one row per epoch (epoch, val_accuracy, val_loss). lines: the logged steps (epoch, loss).
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in (
@@ -41,7 +41,7 @@ def draw_all(
 def draw_curves(
     history: Sequence[dict[str, float]], lines: Sequence[dict[str, Any]], stacked: bool = False
 ) -> Any:
-    """Accuracy and loss by epoch, side by side or one above the other."""
+    """Accuracy and loss by epoch, side by side or stacked."""
     shape, size = ((2, 1), (5.2, 5)) if stacked else ((1, 2), (10, 3.8))
     figure, (left, right) = plt.subplots(*shape, figsize=size)
     epochs = [row["epoch"] for row in history]
@@ -64,7 +64,7 @@ def draw_curves(
 
 
 def draw_confusion(scores: Scores, labels: tuple[str, ...]) -> Any:
-    """Counts of true against predicted class, shaded by the share of the true class."""
+    """Counts by true and predicted class, shaded by the share of the true class."""
     counts = scores.confusion
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = max(4.2, 1.1 * len(labels))

@@ -1,1 +1,1 @@
-"""What a trained run learnt, as numbers, figures and a page: python -m train.anatomy RUN."""
+"""Analyses what a trained run learned, as numbers, figures and a page: python -m train.anatomy RUN."""

@@ -1,4 +1,4 @@
-"""python -m train.anatomy: what a run's adapter learnt, as numbers, figures and one page."""
+"""python -m train.anatomy: analyses what a run's adapter learned, as numbers, figures and one page."""
 
 from __future__ import annotations
 
@@ -6,22 +6,18 @@ import argparse
 import sys
 from pathlib import Path
 
-from lora import AdapterError
-from model import ModelError
-from model.minilm import DataPackageMissingError
-from train.anatomy.report import study
-from train.config import RecipeError
-from train.data import DataError
-from train.runs import SUMMARY, RunError
+from train.anatomy.study import study
+from train.command import print_error, run_command
+from train.runs import ADAPTER, SUMMARY, RunError
 
 RUNS = Path("runs")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit codes: 0 done, 2 an error that the message explains."""
+    """Exit codes: 0 success, 2 an error that the message explains."""
     parser = argparse.ArgumentParser(
         prog="python -m train.anatomy",
-        description="Takes a trained LoRA run apart and explains it: RUN/anatomy/report.html.",
+        description="Analyses a trained LoRA run and writes RUN/anatomy/report.html.",
         epilog="The test split is read for analysis only.",
     )
     parser.add_argument(
@@ -29,44 +25,37 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--against", type=Path, nargs="+", action="extend", default=[], metavar="RUN2",
-        help="LoRA runs of other ranks, seeds or targets on the same model and data",
+        help="LoRA runs with other ranks, seeds or targets on the same model and data",
     )  # fmt: skip
-    parser.add_argument("--full", type=Path, metavar="FULL_RUN", help="a full fine-tuning run beside it")
+    parser.add_argument(
+        "--full", type=Path, metavar="FULL_RUN", help="a full fine-tuning run to compare with"
+    )
     parser.add_argument("--text", help="the text whose decision is traced (default: a test article)")
     parser.add_argument(
-        "--matrix-only", action="store_true", help="what needs no data: no scores, no trace; seconds"
+        "--matrix-only", action="store_true", help="only what needs no data: no scores, no trace; seconds"
     )
     options = parser.parse_args(arguments)
     if options.text is not None and options.matrix_only:
-        return _fail("--text is traced through the data's model run, which --matrix-only leaves out")
+        return print_error("--text cannot be traced with --matrix-only, which does not run the model")
     if options.text is not None and not options.text.strip():
-        return _fail("--text is empty, and an empty text has no topic")
-    try:
-        page = study(
-            options.run or _newest(RUNS), options.against, options.full, options.text, options.matrix_only,
-            lambda words: print(words, file=sys.stderr),
-        )  # fmt: skip
-    except KeyboardInterrupt:
-        return 130
-    except (
-        AdapterError, DataError, DataPackageMissingError, ModelError, RecipeError, RunError, OSError,
-    ) as error:  # fmt: skip
-        return _fail(str(error))
+        return print_error("--text is empty, and an empty text has no topic")
+    return run_command(lambda: _study(options))
+
+
+def _study(options: argparse.Namespace) -> None:
+    page = study(
+        options.run or _newest(RUNS), options.against, options.full, options.text, options.matrix_only,
+        lambda message: print(message, file=sys.stderr),
+    )  # fmt: skip
     print(f"{page}: open it in a browser; the numbers are in {page.with_name('anatomy.json')}")
-    return 0
 
 
 def _newest(runs: Path) -> Path:
     """The LoRA run that finished last. Raises RunError if there is none."""
-    finished = [path.parent for path in runs.glob(f"*/{SUMMARY}") if (path.parent / "adapter").is_dir()]
+    finished = [path.parent for path in runs.glob(f"*/{SUMMARY}") if (path.parent / ADAPTER).is_dir()]
     if not finished:
-        raise RunError(f"{runs}: no finished LoRA run in it; `make train` makes one")
+        raise RunError(f"{runs}: it holds no finished LoRA run; `make train` makes one")
     return max(finished, key=lambda folder: (folder / SUMMARY).stat().st_mtime)
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Cause: what the test split makes of an adapter with a part of it changed. For analysis only.
+"""Ablation experiments: scores on the test split with parts of the adapter changed. For analysis only.
 
-Nothing is chosen by these scores. Every change is a context that puts each bit back (lora/ablate.py).
+Nothing is selected by these scores. Every change is a context that restores each bit (lora/ablate.py).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
 
-from lora.ablate import only, scaled, truncated
+from lora.ablate import enable_only, scaled, truncated
 from lora.anatomy import svd
-from lora.tree import ends_with, lora_layers
+from lora.modules import ends_with, lora_layers
 from model import HEAD, speed_up
-from train.anatomy.subject import Subject, place
+from train.anatomy.run import Run, position
 from train.batches import Encoded, encode
 from train.data import load_news
 from train.hardware import autocast, one_thread, resolve_device, resolve_precision
-from train.loop import predict_logits
+from train.inference import predict_logits
 from train.metrics import Scores
 from train.runs import RunError
 
@@ -32,13 +32,13 @@ FACTORS = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 FULL_RANKS = (0, 1, 2, 4, 8, 16, 64)
 _EXCERPT = 420  # characters of an article that the page shows
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]  # prints a line of progress
 Score = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Exam:
-    """The test split, and how a run's model reads it: on its own device and in its own precision."""
+class TestSet:
+    """The test split, encoded for a run's model, and the device and precision to score it with."""
 
     split: Dataset
     rows: Encoded
@@ -49,12 +49,12 @@ class Exam:
     precision: str
 
     @classmethod
-    def of(cls, subject: Subject) -> Exam:
-        """Raises DataError if the run's data cannot be had, RunError if it cannot be read."""
-        recipe, trained = subject.recipe, subject.trained
+    def of(cls, run: Run) -> TestSet:
+        """The test split of the run's data. Raises DataError if it cannot be loaded, RunError."""
+        recipe, trained = run.recipe, run.trained
         if trained.tokenizer is None:
-            raise RunError(f"{subject.folder}: its base model comes with no tokenizer")
-        device = resolve_device("auto")  # not the run's own, which may be another machine's
+            raise RunError(f"{run.folder}: its base model comes without a tokenizer")
+        device = resolve_device("auto")  # not the run's, which may be on another machine
         split = load_news(recipe.data, recipe.validation_fraction, recipe.seed).test
         rows = encode(split, trained.tokenizer, trained.max_length_tokens)
         return cls(
@@ -68,7 +68,7 @@ class Exam:
         )
 
     def prepare(self, model: Any) -> None:
-        """Moves a model to where the exam is held."""
+        """Moves a model to the device and speeds it up in the precision."""
         speed_up(model.to(self.device), self.precision)
 
     def logits(self, model: nn.Module) -> Tensor:
@@ -77,7 +77,7 @@ class Exam:
         return predict_logits(model, self.rows, self.batch_size, pad, self.device, self.precision)
 
     def score(self, model: nn.Module) -> Score:
-        """Accuracy, and the mean cross-entropy in nats, which moves before any answer changes."""
+        """Accuracy, and mean cross-entropy in nats, which changes before any prediction does."""
         return score(self.logits(model), self.rows.labels)
 
 
@@ -87,33 +87,35 @@ def score(logits: Tensor, labels: np.ndarray) -> Score:
     return {"accuracy": accuracy, "loss": float(F.cross_entropy(logits.double(), torch.from_numpy(labels)))}
 
 
-def run_experiments(model: nn.Module, exam: Exam, whole: Score, say: Say) -> dict[str, Any]:
-    """The adapter off, without and with only one block or projection, truncated, and scaled.
+def run_experiments(model: nn.Module, test_set: TestSet, whole: Score, report: Report) -> dict[str, Any]:
+    """Scores with the adapter off, without or with only one block or projection, truncated, and scaled.
 
-    whole: the score of the adapter as it is.
+    whole: the score of the unchanged adapter.
     """
     names = list(lora_layers(model))
-    blocks = _grouped(names, lambda name: str(place(name).block))
-    projections = _grouped(names, lambda name: place(name).projection)
+    blocks = _grouped(names, lambda name: str(position(name).block))
+    projections = _grouped(names, lambda name: position(name).projection)
 
-    def under(change: AbstractContextManager[None]) -> Score:
+    def score_with(change: AbstractContextManager[None]) -> Score:
         with change:
-            return exam.score(model)
+            return test_set.score(model)
 
-    off = under(only(model, ()))
-    say("scoring without each part of the adapter, and with it alone")
+    off = score_with(enable_only(model, ()))
+    report("scoring without each part of the adapter, and with it alone")
     parts = {}
     for kind, groups in (("block", blocks), ("projection", projections)):
         if len(groups) > 1:
             parts[f"without_{kind}"] = {
-                key: under(only(model, set(names) - set(group))) for key, group in groups.items()
+                key: score_with(enable_only(model, set(names) - set(group))) for key, group in groups.items()
             }
-            if kind == "block" or len(groups) > 2:  # of two, one off is the other alone
-                parts[f"only_{kind}"] = {key: under(only(model, group)) for key, group in groups.items()}
-    say("scoring ΔW truncated and scaled")
+            if kind == "block" or len(groups) > 2:  # of two groups, one off means the other alone
+                parts[f"only_{kind}"] = {
+                    key: score_with(enable_only(model, group)) for key, group in groups.items()
+                }
+    report("scoring ΔW truncated and scaled")
     r = max(layer.r for layer in lora_layers(model).values())
-    by_rank = {k: under(truncated(model, k)) for k in _ranks(r) if 0 < k < r}
-    by_factor = {f: under(scaled(model, f)) for f in FACTORS if f not in (0, 1)} | {0.0: off, 1.0: whole}
+    by_rank = {k: score_with(truncated(model, k)) for k in _ranks(r) if 0 < k < r}
+    by_factor = {f: score_with(scaled(model, f)) for f in FACTORS if f not in (0, 1)} | {0.0: off, 1.0: whole}
     return {
         "whole": whole,
         "off": off,
@@ -123,13 +125,13 @@ def run_experiments(model: nn.Module, exam: Exam, whole: Score, say: Say) -> dic
     }
 
 
-def truncate_full(subject: Subject, full: Subject, exam: Exam) -> list[dict[str, Any]]:
-    """The full run scored with its update to every Linear of the encoder cut to its best rank.
+def truncate_full(run: Run, full: Run, test_set: TestSet) -> list[dict[str, Any]]:
+    """Scores of the full run with its update to every Linear of the encoder truncated to some ranks.
 
-    The head, embeddings, biases and norms stay as fully tuned; rank None is the run as it is.
+    Head, embeddings, biases and norms keep their tuned values. Rank None is the unchanged run.
     """
     model = full.trained.model
-    before = dict(subject.trained.model.named_parameters())
+    before = dict(run.trained.model.named_parameters())
     weights = {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -140,56 +142,58 @@ def truncate_full(subject: Subject, full: Subject, exam: Exam) -> list[dict[str,
     starts = {name: before[name].detach().cpu().double() for name in weights}
     with one_thread():
         updates = {name: svd(weights[name].detach().cpu().double() - starts[name]) for name in weights}
-    exam.prepare(model)
-    found: list[dict[str, Any]] = [{"rank": None, **exam.score(model)}]
+    test_set.prepare(model)
+    found: list[dict[str, Any]] = [{"rank": None, **test_set.score(model)}]
     with _restored({name: model.get_parameter(name) for name in weights}):
         for rank in FULL_RANKS:
             for name in weights:
                 with torch.no_grad():
                     model.get_parameter(name).copy_(starts[name] + updates[name].truncated(rank))
-            found.insert(-1, {"rank": rank, **exam.score(model)})
+            found.insert(-1, {"rank": rank, **test_set.score(model)})
     return found
 
 
-def mistakes(exam: Exam, logits: Tensor, labels: tuple[str, ...], most: int = 6) -> list[dict[str, Any]]:
-    """The misclassified test articles of which the model was surest, the surest first."""
+def mistakes(
+    test_set: TestSet, logits: Tensor, labels: tuple[str, ...], most: int = 6
+) -> list[dict[str, Any]]:
+    """The misclassified test articles with the highest predicted probability, highest first."""
     probabilities = torch.softmax(logits.double(), dim=1)
     predicted = probabilities.argmax(1)
-    wrong = np.flatnonzero(predicted.numpy() != exam.rows.labels)
-    surest = sorted(wrong.tolist(), key=lambda row: -float(probabilities[row].max()))[:most]
+    wrong = np.flatnonzero(predicted.numpy() != test_set.rows.labels)
+    most_certain = sorted(wrong.tolist(), key=lambda row: -float(probabilities[row].max()))[:most]
     return [
         {
             "row": row,
-            "text": _excerpt(exam.split[row]["text"]),
-            "true": labels[int(exam.rows.labels[row])],
+            "text": _excerpt(test_set.split[row]["text"]),
+            "true": labels[int(test_set.rows.labels[row])],
             "predicted": labels[int(predicted[row])],
             "probability": float(probabilities[row].max()),
-            "probability_of_true": float(probabilities[row, int(exam.rows.labels[row])]),
+            "probability_of_true": float(probabilities[row, int(test_set.rows.labels[row])]),
         }
-        for row in surest
+        for row in most_certain
     ]
 
 
 @torch.inference_mode()
-def trace(model: nn.Module, exam: Exam, text: str, labels: tuple[str, ...]) -> dict[str, Any]:
-    """The logits of one text with no block's adapter on, then the first's, the first two's, … all."""
+def trace(model: nn.Module, test_set: TestSet, text: str, labels: tuple[str, ...]) -> dict[str, Any]:
+    """The logits of one text with the adapter enabled in no block, the first, the first two, …, all."""
     names = list(lora_layers(model))
-    blocks = _grouped(names, lambda name: str(place(name).block))
-    encoded = exam.tokenizer(
-        [text], truncation=True, max_length=exam.max_length_tokens, return_tensors="pt"
-    ).to(exam.device)
+    blocks = _grouped(names, lambda name: str(position(name).block))
+    encoded = test_set.tokenizer(
+        [text], truncation=True, max_length=test_set.max_length_tokens, return_tensors="pt"
+    ).to(test_set.device)
     steps: list[dict[str, Any]] = []
     on: list[str] = []
     for key in (None, *blocks):
         on += blocks[key] if key is not None else []
-        with only(model, on), autocast(exam.device, exam.precision):
+        with enable_only(model, on), autocast(test_set.device, test_set.precision):
             logits = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
         steps.append({"block": key, "logits": logits[0].float().tolist()})
     return {"text": _excerpt(text), "labels": list(labels), "steps": steps}
 
 
 def _ranks(r: int) -> list[int]:
-    """0, 1, 2, … r; from 9 on doubling, as each costs a pass over the test split."""
+    """0, 1, 2, …, r; powers of two for r > 8, because each rank costs a pass over the test split."""
     if r <= 8:
         return list(range(r + 1))
     return [0, *(2**power for power in range(r.bit_length()) if 2**power < r), r]

@@ -1,4 +1,4 @@
-"""The page's figures: each drawn twice, for light and for dark, narrow enough to read on a phone."""
+"""The figures of the page. Each is drawn for light and dark mode, narrow enough to read on a phone."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
 from train.anatomy.measure import EPSILON
-from train.anatomy.subject import middle_layers, place
-from train.figures import draw_confusion, draw_curves
+from train.anatomy.run import middle_layers, position
 from train.metrics import Scores
+from train.run_figures import draw_confusion, draw_curves
 from train.telemetry import watched_lines
 
-# Colours of the page's own cards; those of the lines have a contrast of 3 or more against both.
+# Background, text and grid colours of the page's cards. Line colours have a contrast of 3 against both.
 THEMES = {"": ("#ffffff", "#1f2328", "#d0d7de"), "-dark": ("#161b22", "#e6edf3", "#3d444d")}
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#3b82d0", "#d9772b", "#2f9e63", "#9065d0", "#7d8590"
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, "#d6558c", "#8a8f1e")
@@ -30,9 +30,9 @@ Drawing = Callable[[], Any]
 
 
 def draw_figures(facts: Facts, scores: Scores, lines: list[Facts], folder: Path) -> dict[str, str]:
-    """Draws what there is in `facts` (anatomy.json) into `folder`; the names drawn, with words for each.
+    """Draws the contents of `facts` (anatomy.json) into `folder` as NAME.png and NAME-dark.png.
 
-    For each name there is NAME.png and NAME-dark.png.
+    Returns the names with their alternative texts.
     """
     found: dict[str, str] = {}
     for name, (alt, drawing) in _drawings(facts, scores, lines).items():
@@ -56,8 +56,8 @@ def _drawings(facts: Facts, scores: Scores, lines: list[Facts]) -> dict[str, tup
             lambda: _bars(layers, "delta_over_weight", "‖ΔW‖ / ‖W‖"),
         ),
         "moved": (
-            "How far A moved from its start, by layer",
-            lambda: _bars(layers, "moved_A", "‖A - A at the start‖ / ‖A at the start‖"),
+            "Change of A from its initial value, by layer",
+            lambda: _bars(layers, "moved_A", "‖A - initial A‖ / ‖initial A‖"),
         ),
         "spectra": ("Singular values of ΔW by layer", lambda: _spectra(layers)),
         "ranks": ("Effective and stable rank by layer", lambda: _ranks(layers)),
@@ -79,11 +79,11 @@ def _drawings(facts: Facts, scores: Scores, lines: list[Facts]) -> dict[str, tup
         if full["truncated"]:
             found["full-truncated"] = ("The full update truncated", lambda: _full_truncated(full))
     if facts["experiments"]:
-        causes = facts["experiments"]
-        found["parts"] = ("Loss without each block, and with one alone", lambda: _parts(causes))
-        found["truncated"] = ("Scores by rank of ΔW", lambda: _truncated(causes))
-        found["scaled"] = ("Scores by scaling", lambda: _scaled(causes))
-        found["trace"] = ("Logits by how many blocks are on", lambda: _trace(facts["trace"]))
+        experiments = facts["experiments"]
+        found["parts"] = ("Loss without each block, and with one alone", lambda: _parts(experiments))
+        found["truncated"] = ("Scores by rank of ΔW", lambda: _truncated(experiments))
+        found["scaled"] = ("Scores by scaling", lambda: _scaled(experiments))
+        found["trace"] = ("Logits by number of enabled blocks", lambda: _trace(facts["trace"]))
     if facts["telemetry"]:
         watched = watched_lines(lines)
         names = facts["telemetry"]["layers"]
@@ -117,11 +117,11 @@ def _axes(**labels: Any) -> tuple[Any, Any]:
 
 
 def _by_projection(layers: Layers) -> dict[str, dict[int, Facts]]:
-    """Projection -> block -> what is known of that layer."""
+    """Projection -> block -> the facts of that layer."""
     found: dict[str, dict[int, Facts]] = {}
     for name, layer in layers.items():
-        where = place(name)
-        found.setdefault(where.projection, {})[where.block] = layer
+        at = position(name)
+        found.setdefault(at.projection, {})[at.block] = layer
     return found
 
 
@@ -141,12 +141,12 @@ def _bars(layers: Layers, key: str, label: str) -> Any:
 
 
 def _shades(count: int) -> Any:
-    """Colours from early to late that stand out on white and on black."""
+    """Colours from the first to the last block that are visible on white and on black."""
     return plt.get_cmap("plasma")(np.linspace(0.33, 0.75, count))
 
 
 def _panels(count: int, **sizes: Any) -> tuple[Any, list[Any]]:
-    """`count` small panels, two in a row."""
+    """`count` small panels, two per row."""
     columns = min(count, 2)
     rows = -(-count // columns)
     figure, grid = plt.subplots(rows, columns, squeeze=False, **sizes, figsize=(5.2, 2.5 * rows + 0.6))
@@ -187,15 +187,15 @@ def _ranks(layers: Layers) -> Any:
 
 
 def _heatmaps(other: Facts, name: str) -> Any:
-    """The LoRA paper's figures 3 and 4: φ(i, j) of each projection of a block in the middle."""
+    """φ(i, j) for each projection of the middle block, as in the LoRA paper's figures 3 and 4."""
     layers: Layers = other["layers"]
     chosen = {layer: layers[layer] for layer in middle_layers(layers)}
     panels = []
     for layer, facts in chosen.items():
-        where = place(layer)
-        panels.append((f"{where.projection}, block {where.block}", facts["phi"]))
+        at = position(layer)
+        panels.append((f"{at.projection}, block {at.block}", facts["phi"]))
     first = next(iter(chosen))
-    panels.append((f"{place(first).projection}, before training", chosen[first]["phi_start"]))
+    panels.append((f"{position(first).projection}, before training", chosen[first]["phi_start"]))
     panels.append(("random directions", chosen[first]["random"]))
     figure, grid = _panels(len(panels))
     for axes, (title, phi) in zip(grid, panels, strict=True):
@@ -219,7 +219,7 @@ def _heatmaps(other: Facts, name: str) -> Any:
 
 def _nearest(facts: Facts) -> Any:
     figure, axes = _axes(
-        xlabel="singular vector of the tuned W, strongest first", ylabel="cosine with the nearest of W's own"
+        xlabel="singular vector of the tuned W, strongest first", ylabel="cosine with the nearest one of W"
     )
     sources = [("LoRA", facts["layers"], BLUE, 0.0)]
     if facts["full"]:
@@ -231,7 +231,7 @@ def _nearest(facts: Facts) -> Any:
         rows = [layer["nearest_cosines"] for layer in layers.values()]
         for row in rows:
             axes.plot(np.arange(1, len(row) + 1) + shift, row, "o", ms=3, alpha=0.55, color=color)
-        axes.plot([], [], "o", color=color, label=f"{label}, a point a layer")
+        axes.plot([], [], "o", color=color, label=f"{label}, one point per layer")
     axes.axhline(EPSILON, color=GREY, ls="--", label=f"ε = {EPSILON}: an intruder below")
     axes.set_ylim(0, 1.03)
     axes.xaxis.get_major_locator().set_params(integer=True)
@@ -242,7 +242,7 @@ def _nearest(facts: Facts) -> Any:
 def _energy(layers: Layers) -> Any:
     figure, axes = _axes(xlabel="rank", ylabel="share of ‖update‖²", ylim=(0, 1.03), xscale="log")
     styles = (
-        ("energy", "the update's own best", BLUE), ("captured_by_lora", "LoRA's directions", ORANGE),
+        ("energy", "its own best directions", BLUE), ("captured_by_lora", "LoRA's directions", ORANGE),
         ("captured_by_random", "random directions", GREY),
     )  # fmt: skip
     for key, label, color in styles:
@@ -264,7 +264,7 @@ def _angles(layers: Layers) -> Any:
 
 
 def _layers_and_mean(axes: Any, rows: Sequence[Any], color: str, **style: Any) -> None:
-    """A thin line a layer, and their mean in `style` as far as the shortest goes."""
+    """A thin line per layer, and their mean in `style`, over the length of the shortest."""
     for row in rows:
         axes.plot(range(1, len(row) + 1), row, lw=0.7, alpha=0.45, color=color)
     length = min(map(len, rows))
@@ -280,22 +280,22 @@ def _full_truncated(full: Facts) -> Any:
     )  # fmt: skip
 
 
-def _truncated(causes: Facts) -> Any:
-    rows = causes["truncated"]
-    return _two_scales([str(row["rank"]) for row in rows], rows, "rank that is left of ΔW, in every layer")
+def _truncated(experiments: Facts) -> Any:
+    rows = experiments["truncated"]
+    return _two_scales([str(row["rank"]) for row in rows], rows, "rank of the truncated ΔW, in every layer")
 
 
-def _scaled(causes: Facts) -> Any:
-    rows = causes["scaled"]
+def _scaled(experiments: Facts) -> Any:
+    rows = experiments["scaled"]
     figure = _two_scales(
-        [f"{row['factor']:g}" for row in rows], rows, "scaling, as a multiple of the trained"
+        [f"{row['factor']:g}" for row in rows], rows, "scaling, as a multiple of the trained one"
     )
     figure.axes[0].tick_params(axis="x", labelsize=8)
     return figure
 
 
 def _two_scales(ticks: list[str], rows: list[Facts], label: str) -> Any:
-    """Accuracy above, cross-entropy below, over the same ticks."""
+    """Accuracy above cross-entropy, with the same ticks."""
     figure, (upper, lower) = plt.subplots(2, 1, sharex=True, figsize=(5.2, 4.2))
     upper.plot([100 * row["accuracy"] for row in rows], "o-", color=BLUE)
     upper.set_ylabel("accuracy, %")
@@ -308,9 +308,9 @@ def _two_scales(ticks: list[str], rows: list[Facts], label: str) -> Any:
     return figure
 
 
-def _parts(causes: Facts) -> Any:
-    kind = "block" if "without_block" in causes else "projection"
-    without, alone = causes.get(f"without_{kind}", {}), causes.get(f"only_{kind}", {})
+def _parts(experiments: Facts) -> Any:
+    kind = "block" if "without_block" in experiments else "projection"
+    without, alone = experiments.get(f"without_{kind}", {}), experiments.get(f"only_{kind}", {})
     figure, panels = plt.subplots(2, 1, sharex=True, figsize=(5.2, 4.4))
     for axes, (key, label, factor) in zip(
         panels, (("accuracy", "accuracy, %", 100), ("loss", "cross-entropy, nats", 1)), strict=True
@@ -325,11 +325,11 @@ def _parts(causes: Facts) -> Any:
                 color=color,
                 label=words,
             )
-        axes.axhline(factor * causes["whole"][key], color=GREEN, lw=1.5, label="whole adapter")
-        axes.axhline(factor * causes["off"][key], color=GREY, lw=1.5, ls="--", label="no adapter")
+        axes.axhline(factor * experiments["whole"][key], color=GREEN, lw=1.5, label="whole adapter")
+        axes.axhline(factor * experiments["off"][key], color=GREY, lw=1.5, ls="--", label="no adapter")
         axes.set_ylabel(label)
         axes.grid(axis="y", alpha=0.5)
-    rows = [causes["off"], causes["whole"], *without.values(), *alone.values()]
+    rows = [experiments["off"], experiments["whole"], *without.values(), *alone.values()]
     low = min(row["accuracy"] for row in rows)
     panels[0].set_ylim(max(0, 100 * low - 3), 100.5)
     panels[1].set_xticks(range(len(without)), without)
@@ -340,7 +340,7 @@ def _parts(causes: Facts) -> Any:
 
 
 def _trace(trace: Facts) -> Any:
-    figure, axes = _axes(xlabel="blocks switched on, from the first", ylabel="logit")
+    figure, axes = _axes(xlabel="blocks with the adapter enabled, from the first", ylabel="logit")
     rows = np.asarray([step["logits"] for step in trace["steps"]])
     for number, label in enumerate(trace["labels"]):
         axes.plot(rows[:, number], "o-", ms=4, color=CYCLE[number % len(CYCLE)], label=label)
@@ -351,20 +351,20 @@ def _trace(trace: Facts) -> Any:
 
 
 def _over_time(lines: list[Facts], names: list[str], key: str, label: str) -> Any:
-    """A line a layer: its block by shade, its projection by style."""
+    """A line per layer: the shade gives its block, the style its projection."""
     figure, axes = _axes(xlabel="step", ylabel=label)
     steps = [line["step"] for line in lines]
-    blocks = sorted({place(name).block for name in names})
+    blocks = sorted({position(name).block for name in names})
     shades = dict(zip(blocks, _shades(len(blocks)), strict=True))
-    projections = list(dict.fromkeys(place(name).projection for name in names))
+    projections = list(dict.fromkeys(position(name).projection for name in names))
     styles = {projection: ("-", "--", ":", "-.")[at % 4] for at, projection in enumerate(projections)}
     for number, name in enumerate(names):
-        where = place(name)
+        at = position(name)
         axes.plot(
             steps,
             [line[key][number] for line in lines],
-            styles[where.projection],
-            color=shades[where.block],
+            styles[at.projection],
+            color=shades[at.block],
             lw=1.2,
         )
     axes.set_ylim(0, None)

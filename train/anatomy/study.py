@@ -1,4 +1,4 @@
-"""The whole anatomy of a run: what is computed in which order, and the files that are left."""
+"""The analysis of a run: computes everything, and writes the numbers, the figures and the page."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from lora.files import write_atomically
+from lora.storage import write_atomically
 from model.minilm import DataPackageMissingError
-from train.anatomy.draw import THEMES, draw_figures
-from train.anatomy.experiments import Exam, Say, mistakes, run_experiments, score, trace, truncate_full
+from train.anatomy.experiments import Report, TestSet, mistakes, run_experiments, score, trace, truncate_full
 from train.anatomy.measure import (
     EPSILON,
     TOP,
@@ -24,12 +23,12 @@ from train.anatomy.measure import (
     measure,
     measure_amplification,
 )
-from train.anatomy.subject import Subject, check_same_start, load_subject, middle_layers, short_name
+from train.anatomy.page_figures import THEMES, draw_figures
+from train.anatomy.run import Run, check_same_start, load_run, middle_layers, short_name
 from train.data import DataError
 from train.hardware import one_thread
-from train.job import METRICS
 from train.metrics import Scores
-from train.runs import RunError
+from train.runs import METRICS, RunError
 from train.telemetry import watched_lines
 
 FOLDER = "anatomy"
@@ -44,47 +43,47 @@ def study(
     full: Path | None = None,
     text: str | None = None,
     matrix_only: bool = False,
-    say: Say = lambda words: None,
+    report: Report = lambda message: None,
 ) -> Path:
-    """Writes FOLDER/anatomy/: anatomy.json, the figures and report.html, whose path it returns.
+    """Writes FOLDER/anatomy/ with anatomy.json, the figures and report.html. Returns the page's path.
 
-    against: other LoRA runs from the same start; full: a full fine-tuning run from it. text: whose decision
-    is traced, instead of a test article's. Without the data there are the matrix parts alone, as with
-    matrix_only.
+    against: other LoRA runs from the same start. full: a full fine-tuning run from the same start. text: the
+    text whose decision is traced, by default a test article. matrix_only: compute only what needs no data,
+    which is also done if the data cannot be loaded.
 
-    Raises RunError if runs are not finished, not of their kind or not from the same start, and what loading
-    raises.
+    Raises RunError if a run is not finished, has another method than needed or started from another base,
+    and what loading raises.
     """
-    subject = load_subject(folder)
-    others = [load_subject(path) for path in against]
-    full_run = None if full is None else load_subject(full, "full")
+    run = load_run(folder)
+    others = [load_run(path) for path in against]
+    full_run = None if full is None else load_run(full, "full")
     for flag, runs in (("--against", others), ("--full", [full_run] if full_run else [])):
-        for run in runs:
-            check_same_start(subject, run, flag)
-    exam = None if matrix_only else _exam(subject, say)
+        for other in runs:
+            check_same_start(run, other, flag)
+    test_set = None if matrix_only else _test_set(run, report)
     lines = _read_lines(folder / METRICS)
 
-    say(f"decomposing {len(subject.layers)} weights")
+    report(f"decomposing {len(run.layers)} weights")
     with one_thread():
-        facts = _without_the_data(subject, others, full_run)
-    facts["telemetry"] = _telemetry(subject, lines)
-    if exam:
-        facts |= _with_the_data(subject, full_run, exam, facts, text, say)
+        facts = _without_data(run, others, full_run)
+    facts["telemetry"] = _telemetry(run, lines)
+    if test_set:
+        facts |= _with_data(run, full_run, test_set, facts, text, report)
 
-    say("drawing")
+    report("drawing")
     target = folder / FOLDER
     target.mkdir(exist_ok=True)
-    for old in target.glob("*.png"):  # of an earlier study that had more to draw
+    for old in target.glob("*.png"):  # an earlier analysis may have drawn more figures
         old.unlink()
     write_atomically(target / FACTS, (json.dumps(facts, allow_nan=False) + "\n").encode())
-    scores = Scores(np.asarray(subject.summary["test_confusion_matrix"]))
+    scores = Scores(np.asarray(run.summary["test_confusion_matrix"]))
     figures = draw_figures(facts, scores, lines, target)
     write_atomically(target / PAGE, render(facts, scores, figures, target).encode())
     return target / PAGE
 
 
 def render(facts: dict[str, Any], scores: Scores, figures: dict[str, str], folder: Path) -> str:
-    """report.html: facts and figures in the template, every image inside the page, every text escaped."""
+    """The text of report.html: the template with facts and figures, images embedded, text escaped."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
@@ -113,63 +112,63 @@ def render(facts: dict[str, Any], scores: Scores, figures: dict[str, str], folde
     )
 
 
-def _exam(subject: Subject, say: Say) -> Exam | None:
+def _test_set(run: Run, report: Report) -> TestSet | None:
     try:
-        return Exam.of(subject)
+        return TestSet.of(run)
     except (DataError, DataPackageMissingError, RunError) as error:
-        say(f"matrix parts only, for the data cannot be had: {str(error).splitlines()[0]}")
+        report(f"matrix parts only, because the data cannot be loaded: {str(error).splitlines()[0]}")
         return None
 
 
-def _without_the_data(subject: Subject, others: list[Subject], full: Subject | None) -> dict[str, Any]:
-    bases = decompose_bases(subject)
+def _without_data(run: Run, others: list[Run], full: Run | None) -> dict[str, Any]:
+    bases = decompose_bases(run)
     return {
-        "run": _about(subject),
-        "layers": measure(subject, bases),
+        "run": _about(run),
+        "layers": measure(run, bases),
         "constants": {"epsilon": EPSILON, "top": TOP},
-        "runs": [_about(run) for run in (subject, *others, *([full] if full else []))],
+        "runs": [_about(each) for each in (run, *others, *([full] if full else []))],
         "similarity": [
             {
                 "name": other.name,
                 "r": other.recipe.r,
                 "seed": other.recipe.seed,
-                "layers": compare_runs(subject, other),
+                "layers": compare_runs(run, other),
                 "amplification": measure_amplification(other, bases),
             }
             for other in others
-            if other.layers.keys() == subject.layers.keys()
+            if other.layers.keys() == run.layers.keys()
         ],
-        "full": full and {"name": full.name, "layers": compare_full(subject, full, bases), "truncated": None},
+        "full": full and {"name": full.name, "layers": compare_full(run, full, bases), "truncated": None},
         "experiments": None,
         "mistakes": None,
         "trace": None,
     }
 
 
-def _with_the_data(
-    subject: Subject, full: Subject | None, exam: Exam, facts: dict[str, Any], text: str | None, say: Say
+def _with_data(
+    run: Run, full: Run | None, test_set: TestSet, facts: dict[str, Any], text: str | None, report: Report
 ) -> dict[str, Any]:
-    model, labels = subject.trained.model, subject.trained.labels
-    exam.prepare(model)
-    say(f"scoring on {len(exam.rows):,} test articles, for analysis only")
-    logits = exam.logits(model)
-    wrong = mistakes(exam, logits, labels)
-    chosen = text or exam.split[wrong[0]["row"] if wrong else 0]["text"]
+    model, labels = run.trained.model, run.trained.labels
+    test_set.prepare(model)
+    report(f"scoring on {len(test_set.rows):,} test articles, for analysis only")
+    logits = test_set.logits(model)
+    wrong = mistakes(test_set, logits, labels)
+    chosen = text or test_set.split[wrong[0]["row"] if wrong else 0]["text"]
     found = {
         "mistakes": wrong,
         "trace": {
-            **trace(model, exam, chosen, labels),
+            **trace(model, test_set, chosen, labels),
             "source": "given" if text else "mistake" if wrong else "test",
         },
-        "experiments": run_experiments(model, exam, score(logits, exam.rows.labels), say),
+        "experiments": run_experiments(model, test_set, score(logits, test_set.rows.labels), report),
     }
     if full:
-        say("scoring the full run's update, truncated")
-        found["full"] = {**facts["full"], "truncated": truncate_full(subject, full, exam)}
+        report("scoring the full run's update, truncated")
+        found["full"] = {**facts["full"], "truncated": truncate_full(run, full, test_set)}
     return found
 
 
-def _about(run: Subject) -> dict[str, Any]:
+def _about(run: Run) -> dict[str, Any]:
     keys = (
         "recipe", "model", "data", "method", "seed", "precision", "device", "labels", "test_accuracy",
         "test_macro_f1", "val_accuracy", "val_loss", "best_epoch", "epochs", "steps", "history",
@@ -178,7 +177,9 @@ def _about(run: Subject) -> dict[str, Any]:
     )  # fmt: skip
     missing = [key for key in keys if key not in run.summary]
     if missing:
-        raise RunError(f"{run.folder}: its summary.json has no {missing[0]}; it is not one of this project")
+        raise RunError(
+            f"{run.folder}: its summary.json has no {missing[0]}; it was not written by this project"
+        )
     recipe = run.recipe
     return {
         "name": run.name,
@@ -197,10 +198,10 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         raise RunError(f"{path}: damaged: {error}") from error
 
 
-def _telemetry(subject: Subject, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first logged step, where the textbook facts are; None if the run kept no telemetry."""
+def _telemetry(run: Run, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first and the last logged step with telemetry; None if the run recorded none."""
     watched = watched_lines(lines)
     if not watched:
         return None
-    layers = subject.summary.get("adapted_layers") or list(subject.layers)
+    layers = run.summary.get("adapted_layers") or list(run.layers)
     return {"layers": layers, "first": watched[0], "last": watched[-1]}

@@ -1,4 +1,4 @@
-"""The anatomy command on tiny runs: what it leaves, what it refuses, and the page in a real browser."""
+"""The anatomy command on tiny runs: what it writes, what it refuses, and the page in a real browser."""
 
 import dataclasses
 import json
@@ -13,8 +13,8 @@ import torch
 from browser import CHROMIUM, Browser
 
 from train.anatomy import __main__ as command
-from train.anatomy.report import study
-from train.anatomy.subject import Place, load_subject, place
+from train.anatomy.run import Position, load_run, position
+from train.anatomy.study import study
 from train.job import run_job
 
 SCRIPT = "<script>fetch('http://example.invalid/')</script>"
@@ -27,7 +27,7 @@ def recipe(tiny_recipe):
 
 @pytest.fixture(scope="module")
 def runs(recipe, tmp_path_factory):
-    """The run to look at, and others from the same start."""
+    """The run to analyse, and others from the same start."""
     folder = tmp_path_factory.mktemp("anatomy")
     changes = {
         "run": {"epochs": 1, "learning_rate": 1e-3},  # makes mistakes
@@ -43,11 +43,11 @@ def runs(recipe, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def report(runs):
-    """The folder that the command leaves, everything asked for; with a text that wants to be markup."""
+    """The folder that the command writes with every option, and a text that contains markup."""
     arguments = [str(runs / "run"), "--against", *(str(runs / name) for name in ("rank", "seed", "which"))]
     before = {path: path.read_bytes() for path in (runs / "run").rglob("*") if path.is_file()}
     assert command.main([*arguments, "--full", str(runs / "full"), "--text", f"late goal {SCRIPT}"]) == 0
-    assert {path: path.read_bytes() for path in before} == before  # it only adds
+    assert {path: path.read_bytes() for path in before} == before  # the command only adds files
     return runs / "run" / "anatomy"
 
 
@@ -57,7 +57,7 @@ def facts(report):
 
 
 def test_the_numbers_are_those_of_numpy_on_the_files(runs, facts, hub_folder):
-    """From the saved adapter and the base model's file, with another library, to 1e-6 of the largest."""
+    """Computed from the saved adapter and the base model's file, to 1e-6 of the largest value."""
     weights = safetensors.torch.load_file(hub_folder / "model.safetensors")
     adapter = safetensors.torch.load_file(runs / "run" / "adapter" / "adapter_model.safetensors")
     assert len(facts["layers"]) == 4
@@ -71,7 +71,7 @@ def test_the_numbers_are_those_of_numpy_on_the_files(runs, facts, hub_folder):
         p = S / S.sum()
         base_U, base_S, _ = np.linalg.svd(W)
         tuned_U = np.linalg.svd(W + delta)[0]
-        wanted = {
+        expected = {
             "singular_values": S,
             "delta_norm": np.linalg.norm(delta),
             "weight_norm": np.linalg.norm(W),
@@ -86,14 +86,14 @@ def test_the_numbers_are_those_of_numpy_on_the_files(runs, facts, hub_folder):
             "amplification": np.linalg.norm(delta) / np.linalg.norm(U[:, :3].T @ W @ Vh[:3].T),
             "nearest_cosines": np.abs(tuned_U[:, :10].T @ base_U).max(axis=1),
         }
-        for key, value in wanted.items():
+        for key, value in expected.items():
             assert np.abs(np.asarray(layer[key]) - value).max() <= 1e-6 * np.abs(value).max(), (name, key)
 
 
-def test_similarity_full_update_and_experiments_against_other_ways_to_the_same(runs, facts, report):
+def test_similarity_full_update_and_experiments_equal_independent_computations(runs, facts, report):
     name = "roberta.encoder.layer.0.attention.self.query"
     key = f"base_model.model.{name}.lora_A.weight"
-    mine, theirs = (
+    ours, theirs = (
         np.linalg.svd(
             safetensors.torch.load_file(runs / run / "adapter" / "adapter_model.safetensors")[key]
             .double()
@@ -106,14 +106,14 @@ def test_similarity_full_update_and_experiments_against_other_ways_to_the_same(r
     assert list(similarity) == ["rank", "seed"]  # "which" adapts other weights
     phi = similarity["rank"]["layers"][name]["phi"]
     assert np.shape(phi) == (3, 5)
-    assert phi[1][3] == pytest.approx(np.linalg.norm(mine[:2] @ theirs[:4].T) ** 2 / 2, rel=1e-6)
+    assert phi[1][3] == pytest.approx(np.linalg.norm(ours[:2] @ theirs[:4].T) ** 2 / 2, rel=1e-6)
     # one seed draws A row by row: the three rows of r = 3 are the first three of r = 5
     assert similarity["rank"]["layers"][name]["phi_start"][-1][-1] == pytest.approx(1, rel=1e-6)
     assert similarity["seed"]["layers"][name]["phi_start"][-1][-1] < 0.5
 
-    full = load_subject(runs / "full", "full")
+    full = load_run(runs / "full", "full")
     update = full.trained.model.get_parameter(f"{name}.weight").detach().double()
-    update = (update - load_subject(runs / "run").layers[name].weight.double()).numpy()
+    update = (update - load_run(runs / "run").layers[name].weight.double()).numpy()
     S = np.linalg.svd(update, compute_uv=False)
     energies = facts["full"]["layers"][name]["energy"]
     assert np.abs(energies - np.cumsum(S**2) / (S**2).sum()).max() <= 1e-6
@@ -125,7 +125,7 @@ def test_similarity_full_update_and_experiments_against_other_ways_to_the_same(r
     assert [row["factor"] for row in experiments["scaled"]][:2] == [-1, 0]
     assert experiments["off"]["loss"] != experiments["whole"]["loss"]
     assert experiments["without_block"].keys() == experiments["only_block"].keys() == {"0", "1"}
-    # of two blocks, one switched off is the other alone
+    # with two blocks, one disabled means the other alone
     assert experiments["without_block"]["0"] == experiments["only_block"]["1"]
     last = facts["full"]["truncated"][-1]
     assert last["rank"] is None
@@ -135,15 +135,15 @@ def test_similarity_full_update_and_experiments_against_other_ways_to_the_same(r
     assert facts["full"]["truncated"][0]["loss"] != pytest.approx(last["loss"], rel=1e-3)
 
 
-def test_how_far_a_moved_is_counted_from_its_own_start(recipe, tmp_path):
-    """With a learning rate of nothing, A is where the seed put it."""
+def test_the_change_of_a_is_measured_from_its_initial_value(recipe, tmp_path):
+    """With a learning rate of almost zero, A keeps the value that the seed gave it."""
     still = dataclasses.replace(recipe, learning_rate=1e-30, weight_decay=0.0, epochs=1, seed=3)
     run_job("still", still, tmp_path / "still")
-    for layer in load_subject(tmp_path / "still").layers.values():
+    for layer in load_run(tmp_path / "still").layers.values():
         assert torch.equal(layer.lora_A, layer.start_A)
 
 
-def test_the_page_holds_everything_and_asks_for_nothing(report, facts):
+def test_the_page_contains_everything_and_loads_nothing(report, facts):
     page = (report / "report.html").read_text()
     assert SCRIPT not in page
     assert "&lt;script&gt;fetch(" in page
@@ -162,7 +162,7 @@ def test_the_page_holds_everything_and_asks_for_nothing(report, facts):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_the_page_in_a_browser(report, tmp_path):
-    """Every figure visible in both schemes and on a phone's width; no error, and no request leaves."""
+    """Every figure is visible in both schemes and at a phone's width, without errors or requests."""
     shots = Path(os.environ.get("SCREENSHOTS", tmp_path))
     with Browser(tmp_path / "profile") as browser:
         for width, height, scheme in ((1200, 900, "light"), (390, 844, "dark")):
@@ -183,12 +183,12 @@ def test_the_page_in_a_browser(report, tmp_path):
                 assert left >= 0, alt
                 assert right <= width, alt
                 assert is_light == (scheme == "light"), alt
-            assert browser.ask("document.documentElement.scrollWidth") <= width  # nothing to scroll sideways
+            assert browser.ask("document.documentElement.scrollWidth") <= width  # no horizontal scrolling
             background = browser.ask("getComputedStyle(document.body).backgroundColor")
             assert background == {"light": "rgb(246, 248, 250)", "dark": "rgb(13, 17, 23)"}[scheme]
             browser.screenshot(shots / f"report-{width}-{scheme}.png")
     kinds = {event["method"] for event in browser.events}
-    assert "Network.requestWillBeSent" in kinds  # the page itself: so requests are seen
+    assert "Network.requestWillBeSent" in kinds  # the page itself, so requests are recorded
     asked = [
         e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"
     ]
@@ -198,8 +198,8 @@ def test_the_page_in_a_browser(report, tmp_path):
     assert not [e for e in browser.events if e["method"] == "Runtime.consoleAPICalled"]
 
 
-def test_without_its_data_a_run_still_shows_its_matrices(runs, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("train.anatomy.report.draw_figures", lambda *_: {})
+def test_without_data_the_matrix_parts_are_written(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train.anatomy.study.draw_figures", lambda *_: {})
     shutil.copytree(runs / "run", tmp_path / "run")
     config = (tmp_path / "run" / "config.toml").read_text().splitlines()
     lost = "\n".join('data = "no/such/folder"' if line.startswith("data =") else line for line in config)
@@ -210,25 +210,25 @@ def test_without_its_data_a_run_still_shows_its_matrices(runs, tmp_path, capsys,
     assert facts["layers"]
     assert facts["experiments"] is facts["trace"] is None
     page = study(runs / "run", matrix_only=True)
-    assert "Which part does the work?" not in page.read_text()
+    assert "Which parts matter?" not in page.read_text()
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["nowhere"], "nowhere: there is no such folder"),
-        (["."], "not a run (no config.toml)"),
-        (["full"], "full: its method is full; only a LoRA run has an adapter to look at"),
+        (["."], "not a run (there is no config.toml)"),
+        (["full"], "full: its method is full; only a LoRA run has an adapter to analyse"),
         (["unfinished"], "the run is not finished; `python -m train --resume --output"),
         (["damaged"], "summary.json: damaged"),
         (["run", "--full", "seed"], "seed: its method is lora; --full takes a run with method=full"),
         (["run", "--against", "full"], "full: its method is full"),
-        (["run", "--against", "run"], "that is the run itself"),
+        (["run", "--against", "run"], "this is the run itself"),
         (["run", "--against", "other"], "other: its model is"),
         (["run", "--text", " "], "--text is empty"),
     ],
 )
-def test_the_command_says_what_is_wrong(runs, recipe, tmp_path, capsys, monkeypatch, arguments, message):
+def test_the_command_reports_what_is_wrong(runs, recipe, tmp_path, capsys, monkeypatch, arguments, message):
     folder = tmp_path / "runs"
     shutil.copytree(runs, folder)
     shutil.copytree(folder / "run", folder / "unfinished")
@@ -251,7 +251,7 @@ def test_the_command_says_what_is_wrong(runs, recipe, tmp_path, capsys, monkeypa
 def test_the_newest_run_is_the_one_that_finished_last(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert command.main([]) == 2
-    assert "no finished LoRA run in it" in capsys.readouterr().err
+    assert "it holds no finished LoRA run" in capsys.readouterr().err
     shutil.copytree(runs, tmp_path / "runs")
     for age, name in enumerate(("full", "seed", "run", "rank", "which")):
         os.utime(tmp_path / "runs" / name / "summary.json", (1e9 - age, 1e9 - age))
@@ -259,14 +259,14 @@ def test_the_newest_run_is_the_one_that_finished_last(runs, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("name", "wanted"),
+    ("name", "expected"),
     [
-        ("roberta.encoder.layer.3.attention.self.query", Place(3, "query")),
-        ("roberta.encoder.layer.11.attention.output.dense", Place(11, "attention output")),
-        ("roberta.encoder.layer.0.intermediate.dense", Place(0, "intermediate")),
-        ("model.layers.2.q_proj", Place(2, "q_proj")),
-        ("pooler", Place(-1, "pooler")),
+        ("roberta.encoder.layer.3.attention.self.query", Position(3, "query")),
+        ("roberta.encoder.layer.11.attention.output.dense", Position(11, "attention output")),
+        ("roberta.encoder.layer.0.intermediate.dense", Position(0, "intermediate")),
+        ("model.layers.2.q_proj", Position(2, "q_proj")),
+        ("pooler", Position(-1, "pooler")),
     ],
 )
-def test_a_layers_name_says_where_it_stands(name, wanted):
-    assert place(name) == wanted
+def test_position_of_a_layer_from_its_name(name, expected):
+    assert position(name) == expected
