@@ -44,7 +44,8 @@ test: $(VENV)/.dev  ## run the tests
 test-long: $(VENV)/.dev  ## the state machine of adapters with 2,000 random sequences
 	MACHINE_EXAMPLES=2000 $(RUN) -m pytest tests/test_machine.py $(ARGS)
 
-soak: $(VENV)/.dev  ## kill runs at 50 random moments, resume them, and compare bit for bit
+soak: $(VENV)/.dev  ## 5,000 signals during operations; 50 runs killed at random moments and resumed
+	INTERRUPTS=5000 $(RUN) -m pytest tests/test_interrupts.py
 	PYTHONPATH=tests:. $(RUN) tests/soak.py $(ARGS)
 
 test-peers: $(PEERS)/.run  ## the tests against PEFT, in an environment of its own

@@ -4,8 +4,9 @@ Read `linear.py` first, then `inject.py`.
 """
 
 from lora.config import LoraConfig
+from lora.eject import eject
 from lora.files import Adapter, AdapterError, load_adapter, read_adapter, save_adapter
-from lora.inject import Injection, eject, inject
+from lora.inject import Injection, inject
 from lora.linear import LoRALinear
 from lora.merge import disabled, merge, merged, unmerge
 from lora.parameters import ParameterCount, count_parameters

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from lora.anatomy import delta_svd
+from lora.interrupts import uninterrupted
 from lora.linear import LoRALinear
+from lora.merge import restoring
 from lora.modules import lora_layers
 
 
@@ -27,13 +29,16 @@ def enable_only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
     for name in names:
         if name not in layers:
             raise ValueError(f"{name}: not an adapted layer of this model, which has {', '.join(layers)}")
-    try:
-        for name, layer in layers.items():
-            layer.enabled = name in names
-        yield
-    finally:
+
+    def restore() -> None:
         for layer in layers.values():
             layer.enabled = True
+
+    with restoring(restore):
+        with uninterrupted():
+            for name, layer in layers.items():
+                layer.enabled = name in names
+        yield
 
 
 @contextmanager
@@ -44,13 +49,16 @@ def scaled(model: nn.Module, factor: float) -> Iterator[None]:
     """
     layers = _unmerged(model)
     before = {name: layer.scaling for name, layer in layers.items()}
-    try:
-        for layer in layers.values():
-            layer.scaling *= factor
-        yield
-    finally:
+
+    def restore() -> None:
         for name, layer in layers.items():
             layer.scaling = before[name]
+
+    with restoring(restore):
+        with uninterrupted():
+            for layer in layers.values():
+                layer.scaling *= factor
+        yield
 
 
 @contextmanager
@@ -67,14 +75,17 @@ def truncated(model: nn.Module, rank: int) -> Iterator[None]:
         raise ValueError(f"rank: {rank} is negative")
     layers = {name: layer for name, layer in _unmerged(model).items() if rank < layer.r}
     before = {name: layer.lora_B.detach().clone() for name, layer in layers.items()}
-    try:
+
+    @torch.no_grad()
+    def restore() -> None:
+        for name, layer in layers.items():
+            layer.lora_B.copy_(before[name])
+
+    with restoring(restore):
         for layer in layers.values():
             U = delta_svd(layer.lora_A, layer.lora_B, layer.scaling).U[:, :rank]  # (out, k)
             layer.lora_B.copy_(U @ (U.T @ layer.lora_B.double()))
         yield
-    finally:
-        for name, layer in layers.items():
-            layer.lora_B.copy_(before[name])
 
 
 def _unmerged(model: nn.Module) -> dict[str, LoRALinear]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -79,21 +79,25 @@ def check_rank(field_name: str, r: Any) -> None:
     if isinstance(r, bool) or not isinstance(r, int):
         raise TypeError(f"{field_name}: a rank is an integer, not {r!r}")
     if r < 1:
-        raise ValueError(f"{field_name}: a rank is at least 1, not {r}")
+        raise ValueError(f"{field_name}: a rank is at least 1, not {reprlib.repr(r)}")
 
 
 def check_alpha(field_name: str, alpha: Any) -> None:
     """Raises TypeError or ValueError unless `alpha` is a finite positive number."""
     _check_number(field_name, alpha)
-    if not (math.isfinite(alpha) and alpha > 0):
-        raise ValueError(f"{field_name}: alpha is a finite number above 0, not {alpha}")
+    if not 0 < alpha < 3.4e38:
+        raise ValueError(
+            f"{field_name}: alpha is a number above 0 and within float32, not {reprlib.repr(alpha)}"
+        )
 
 
 def check_dropout(field_name: str, p: Any) -> None:
     """Raises TypeError or ValueError unless `p` is a probability below 1."""
     _check_number(field_name, p)
     if not 0 <= p < 1:
-        raise ValueError(f"{field_name}: a dropout probability is at least 0 and below 1, not {p}")
+        raise ValueError(
+            f"{field_name}: a dropout probability is at least 0 and below 1, not {reprlib.repr(p)}"
+        )
 
 
 def _check_number(field_name: str, value: Any) -> None:
@@ -103,8 +107,8 @@ def _check_number(field_name: str, value: Any) -> None:
 
 def _check_regex(field_name: str, pattern: str) -> None:
     try:
-        re.compile(pattern)
-    except re.error as error:
+        re.compile(rf"(.*\.)?({pattern})$" if field_name.endswith("_pattern") else pattern)  # as it is used
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{field_name}: {pattern!r} is not a regular expression: {error}") from error
 
 

@@ -1,13 +1,12 @@
 """An adapter's folder in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
 What PEFT has no place for is in the note of the safetensors file (lora/storage.py), where PEFT does not
-look: the config, a fingerprint of the adapted base weights, and metadata of the caller, such as label names.
+look: the config, a fingerprint of the base (lora/fingerprint.py), and metadata of the caller, such as labels.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import warnings
@@ -21,7 +20,9 @@ from torch import Tensor, nn
 
 from lora.config import LoraConfig
 from lora.errors import UserError
+from lora.fingerprint import FLOATS, difference, fingerprint
 from lora.inject import Injection, build_layers, find_targets, swap_in
+from lora.interrupts import uninterrupted
 from lora.linear import LoRALinear
 from lora.modules import has_adapter, lora_config, lora_layers, modules_named, modules_once
 from lora.peft_format import from_peft, to_peft
@@ -29,7 +30,6 @@ from lora.storage import (
     DamagedFileError,
     read_tensors,
     sync_folder,
-    tensor_bytes,
     write_atomically,
     write_tensors,
 )
@@ -39,7 +39,7 @@ TENSOR_FILE = "adapter_model.safetensors"
 _NEXT_CONFIG_FILE = f".{CONFIG_FILE}.next"
 _PREFIX = "base_model.model."  # PEFT's wrappers around the model
 _ENTRY = "lora"
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_NOTE = {"config": dict, "fingerprint": dict, "metadata": dict}
 
 
 class AdapterError(UserError, ValueError):
@@ -51,14 +51,14 @@ class Adapter:
     """The contents of an adapter's folder, verified in themselves, not yet against a model.
 
     base: the name of the model that the adapter was trained on. tensors: by the model's own names
-    (`….query.lora_A`, `classifier.dense.weight`). fingerprint: SHA-256 of the adapted base weights by
-    dtype, empty if PEFT wrote the folder. metadata: what `save_adapter` was given.
+    (`….query.lora_A`, `classifier.dense.weight`). fingerprint: of the base (lora/fingerprint.py), empty if
+    PEFT wrote the folder. metadata: what `save_adapter` was given.
     """
 
     config: LoraConfig
     base: str | None
     tensors: dict[str, Tensor]
-    fingerprint: dict[str, str]
+    fingerprint: dict[str, Any]
     metadata: dict[str, Any]
 
 
@@ -78,14 +78,15 @@ def save_adapter(
 
     Raises RuntimeError if the model has no adapter, ValueError if a tensor is not finite, OSError.
     """
-    config = lora_config(model)
-    tensors = _adapter_tensors(lora_layers(model), _saved_modules(model, config))
+    config, layers = lora_config(model), lora_layers(model)
+    saved = _saved_modules(model, config)
+    tensors = _adapter_tensors(layers, saved)
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite; such an adapter is not saved")
     note: dict[str, Any] = {
         "config": _as_json(dataclasses.asdict(config)),
-        "fingerprint": _fingerprint(lora_layers(model)),
+        "fingerprint": fingerprint(model, layers, saved),
         "metadata": _as_json(dict(metadata or {})),
     }
     fields = to_peft(config, base, task_type)
@@ -117,6 +118,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         tensors, note = read_tensors(path, _ENTRY, _from_peft_key)
     except DamagedFileError as error:
         raise AdapterError(str(error)) from error
+    if note and not all(isinstance(note.get(key), kind) for key, kind in _NOTE.items()):
+        raise AdapterError(f"{path}: damaged: its note is not of this format")
     config, base = _read_config(folder / CONFIG_FILE)
     if note and note["config"] != _as_json(dataclasses.asdict(config)):
         following = folder / _NEXT_CONFIG_FILE
@@ -125,6 +128,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         if note["config"] != _as_json(dataclasses.asdict(config)):
             raise AdapterError(f"{folder / CONFIG_FILE}: not the config that the tensors were saved with")
     for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.dtype not in (*FLOATS, torch.float64):
+            raise AdapterError(f"{path}: {name} is {tensor.dtype}, which is not supported")
         if not tensor.isfinite().all():
             raise AdapterError(f"{path}: {name} is not finite")
     return Adapter(config, base, tensors, note.get("fingerprint", {}), note.get("metadata", {}))
@@ -142,9 +147,10 @@ def load_adapter(
     have are ignored, because PEFT writes some for sequence classification. The tensors must be exactly
     those that the config and the model require.
 
-    check_base: refuse a base model whose adapted weights differ from those that the adapter was trained on.
-    An adapter saved by PEFT has no fingerprint; then only the names are compared, and a difference is a
-    warning, because one model has several names. layer: the class of the adapted layers.
+    check_base: refuse another base model than the adapter was trained on, by its config, its adapted weights
+    and a sample of its other weights. An adapter saved by PEFT has no fingerprint; then only the names are
+    compared, and a difference is a warning, because one model has several names. layer: the class of the
+    adapted layers.
 
     Raises RuntimeError if the model has an adapter, FileNotFoundError, AdapterError (it names the tensor).
     The model is then unchanged.
@@ -163,14 +169,14 @@ def load_adapter(
     saved = _saved_modules(model, config)
     _check_tensors(adapter.tensors, _expected_tensors(linears, saved, config, layer), folder)
     if check_base:
-        _check_base(model, adapter, linears, folder)
+        _check_base(model, adapter, linears, saved, folder)
 
-    layers = build_layers(model, config, injection, layer, seed=0)
-    named = {name: layers[linear] for name, linear in linears.items()}
-    with torch.no_grad():
+    with torch.no_grad(), uninterrupted():
+        layers = build_layers(model, config, injection, layer, seed=0)
+        named = {name: layers[linear] for name, linear in linears.items()}
         for name, tensor in _adapter_tensors(named, saved).items():
             tensor.copy_(adapter.tensors[name])
-    swap_in(model, config, injection, layers)
+        swap_in(model, config, injection, layers)
     return adapter
 
 
@@ -226,45 +232,32 @@ def _check_tensors(
         if tensor.shape != wanted.shape:
             shapes = f"{tuple(tensor.shape)}, and the model requires {tuple(wanted.shape)}"
             raise AdapterError(f"{folder}: {key} is {shapes}")
-        if tensor.dtype not in _FLOATS and tensor.dtype != wanted.dtype:
+        if tensor.dtype not in FLOATS and tensor.dtype != wanted.dtype:
             raise AdapterError(f"{folder}: {key} is {tensor.dtype}, and the model requires {wanted.dtype}")
 
 
 def _check_base(
-    model: nn.Module, adapter: Adapter, linears: Mapping[str, nn.Linear], folder: str | os.PathLike[str]
+    model: nn.Module,
+    adapter: Adapter,
+    linears: Mapping[str, nn.Linear],
+    saved: Mapping[str, nn.Module],
+    folder: str | os.PathLike[str],
 ) -> None:
-    if not adapter.fingerprint:
-        own = getattr(getattr(model, "config", None), "name_or_path", "")  # transformers' models have one
-        if adapter.base and own and adapter.base != own:
-            warnings.warn(
-                f"{folder}: the adapter was trained on {adapter.base!r} and the model's name is {own!r}; the "
-                "folder has no fingerprint, so make sure that the two have the same weights",
-                stacklevel=3,
+    if adapter.fingerprint:
+        found = difference(adapter.fingerprint, model, linears, saved)
+        if found:
+            raise AdapterError(
+                f"{folder}: the adapter was trained on {adapter.base!r} {found} (check_base=False loads it "
+                "nevertheless)"
             )
         return
-    dtype = next(iter(linears.values())).weight.dtype
-    dtype = dtype if dtype in _FLOATS else torch.float32
-    if _hash_weights(linears, dtype) != adapter.fingerprint.get(_short(dtype)):
-        raise AdapterError(
-            f"{folder}: the adapter was trained on {adapter.base!r} with other weights than this model's in "
-            f"{next(iter(linears))} and the other adapted layers (check_base=False loads it all the same)"
+    own = getattr(getattr(model, "config", None), "name_or_path", "")  # transformers' models have one
+    if adapter.base and own and adapter.base != own:
+        warnings.warn(
+            f"{folder}: the adapter was trained on {adapter.base!r} and the model's name is {own!r}; the "
+            "folder has no fingerprint, so make sure that the two have the same weights",
+            stacklevel=3,
         )
-
-
-def _fingerprint(layers: Mapping[str, nn.Linear]) -> dict[str, str]:
-    """SHA-256 of the layers' base weights and biases, cast to each dtype that a model may be loaded in."""
-    return {_short(dtype): _hash_weights(layers, dtype) for dtype in _FLOATS}
-
-
-def _hash_weights(layers: Mapping[str, nn.Linear], dtype: torch.dtype) -> str:
-    sha = hashlib.sha256()
-    for name in sorted(layers):
-        layer = layers[name]
-        sha.update(name.encode())
-        for tensor in (layer.base_weight if isinstance(layer, LoRALinear) else layer.weight, layer.bias):
-            if tensor is not None:
-                sha.update(tensor_bytes(tensor.detach().to(dtype)))
-    return sha.hexdigest()
 
 
 def _to_peft_key(name: str) -> str:
@@ -286,7 +279,7 @@ def _read_config(path: Path) -> tuple[LoraConfig, str | None]:
         fields = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.parent}: there is no {path.name}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterError(f"{path}: damaged: {error}") from error
     if not isinstance(fields, dict):
         raise AdapterError(f"{path}: damaged: not a JSON object")
@@ -297,10 +290,6 @@ def _read_config(path: Path) -> tuple[LoraConfig, str | None]:
         return from_peft(fields), base
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{path}: {error}") from error
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _some(keys: set[str]) -> str:

@@ -1,18 +1,20 @@
-"""Finds the layers to adapt, replaces each with a LoRALinear, and removes the adapters again."""
+"""Finds the layers to adapt, and replaces each with a LoRALinear."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from lora.config import LoraConfig
+from lora.interrupts import uninterrupted
 from lora.linear import LoRALinear
-from lora.merge import merge as merge_model
-from lora.modules import ends_with, has_adapter, lora_config, lora_layers, modules_once, train_only
+from lora.mergeable import MergeableLinear
+from lora.modules import ends_with, has_adapter, modules_once, train_only
 
 
 @dataclass(frozen=True)
@@ -36,22 +38,24 @@ def inject(
 ) -> Injection:
     """Replaces every nn.Linear that `config.target_modules` matches by a `layer`, in place.
 
-    Freezes every parameter except the adapters and the modules in `config.modules_to_save`. Outputs in
-    eval mode stay the same bit for bit, because lora_B starts at zero. Each lora_A is drawn from `seed` and
-    the module's name alone. Device, dtype and training mode of each layer stay. The model keeps the config
-    as `model.lora_config`, for `save_adapter`.
+    Freezes every parameter except the adapters and the modules in `config.modules_to_save`. Each lora_A is
+    drawn from `seed` and the module's name alone. Device, dtype, training mode and hooks of each layer stay.
+    The model keeps the config as `model.lora_config`, for `save_adapter`.
 
-    layer: the class of the adapted layers, LoRALinear or a subclass of it.
+    Outputs in eval mode stay the same bit for bit, because lora_B starts at zero. Two exceptions: adding
+    zero turns -0.0 into 0.0, and an A·x that overflows gives NaN. layer: LoRALinear or a subclass of it.
 
     Raises RuntimeError if the model has an adapter, ValueError if a pattern matches nothing, TypeError if
-    it matches a module that is not an nn.Linear. The model is then unchanged.
+    it matches a module that cannot be adapted, or if a module in modules_to_save cannot train. The model
+    is then unchanged. A signal, such as Ctrl-C, takes effect before or after the change.
     """
     if has_adapter(model):
         raise RuntimeError("the model has an adapter already; eject it first")
     injection = find_targets(model, config)
     _refuse_unmatched(model, "target_modules", injection.adapted)
     _refuse_unmatched(model, "modules_to_save", injection.saved)
-    swap_in(model, config, injection, build_layers(model, config, injection, layer, seed))
+    with uninterrupted():
+        swap_in(model, config, injection, build_layers(model, config, injection, layer, seed))
     return injection
 
 
@@ -60,7 +64,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
 
     Modules inside modules_to_save are excluded, as in PEFT, because they are trained in full.
 
-    Raises TypeError if a pattern of target_modules matches a module that is not an nn.Linear.
+    Raises TypeError if a module cannot be adapted, or if one in modules_to_save cannot train.
     """
     targets = config.target_modules
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
@@ -81,6 +85,12 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
                 raise TypeError(f"{where}, which is a {kind.__name__}, not a Linear")
             if not isinstance(modules[name].weight, nn.Parameter):
                 raise TypeError(f"{where}, whose weight is not a Parameter (pruned?)")
+            if "forward" in vars(modules[name]):
+                raise TypeError(f"{where}, whose forward is patched; the patch would be lost")
+    for name in sorted({name for matched in saved.values() for name in matched}):
+        for key, parameter in modules[name].named_parameters():
+            if not (parameter.is_floating_point() or parameter.is_complex()):
+                raise TypeError(f"modules_to_save: {name}.{key} is {parameter.dtype}, which cannot train")
     return Injection(adapted, saved)
 
 
@@ -113,38 +123,22 @@ def swap_in(
     """Replaces the Linears by their layers and sets which parameters train, as `inject` describes."""
     names = [name for matched in injection.adapted.values() for name in matched]
     for name, layer in {name: layers[model.get_submodule(name)] for name in names}.items():
-        _swap(model, name, layer)
+        swap(model, name, layer)
     train_only(model, config.modules_to_save)
     for layer in layers.values():
         for tensor_name in layer.trained_tensors:
             getattr(layer, tensor_name).requires_grad_(True)
+    parents = {".".join(name.split(".")[:depth]) for name in names for depth in range(name.count(".") + 2)}
+    for module in {model.get_submodule(parent) for parent in parents}:
+        module.register_load_state_dict_pre_hook(refuse_merged)  # type: ignore[no-untyped-call]
     model.lora_config = config  # type: ignore[assignment]
 
 
-def eject(model: nn.Module, merge: bool = False) -> None:
-    """Replaces every adapted layer by a plain nn.Linear, in place.
-
-    merge=False leaves the base weights as they were before `inject`, bit for bit. merge=True merges the
-    adapter into them first. Modules named in modules_to_save stay as trained.
-
-    Raises RuntimeError if the model has no adapter, is merged or is inside `disabled`, or as `merge` does.
-    A merged model is refused because it is ambiguous whether the adapter is to stay in the weights.
-    """
-    lora_config(model)  # raises if there is none
-    for name, layer in lora_layers(model).items():
-        if layer.merged:
-            raise RuntimeError(
-                f"{name} is merged; unmerge first, then eject the model, with merge=True or not"
-            )
-        if not layer.enabled:
-            raise RuntimeError("eject inside disabled(); leave the context first")
-    if merge:
-        merge_model(model)
-    linears = {layer: layer.to_linear() for layer in lora_layers(model).values()}
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        if module in linears:
-            _swap(model, name, linears[module])
-    del model.lora_config
+def refuse_merged(module: nn.Module, _state_dict: Any, prefix: str, *_: Any) -> None:
+    """Hook of every module around an adapted layer, so that load_state_dict raises before it writes."""
+    for name, child in module.named_modules(prefix=prefix.rstrip(".")):
+        if isinstance(child, MergeableLinear) and child.merged:
+            raise RuntimeError(f"{name or 'the layer'}: load_state_dict into a merged layer; unmerge first")
 
 
 def _refuse_unmatched(model: nn.Module, field: str, matches: dict[str, tuple[str, ...]]) -> None:
@@ -152,11 +146,10 @@ def _refuse_unmatched(model: nn.Module, field: str, matches: dict[str, tuple[str
     known = sorted({name.rpartition(".")[2] for name in linears})
     if field == "modules_to_save":
         known = [name for name, _ in model.named_children()]
+    there = ", ".join(known) or "none"
     for pattern, names in matches.items():
         if not names:
-            raise ValueError(
-                f"{field}: {pattern!r} matches no module; there are {', '.join(known) or 'none'}"
-            )
+            raise ValueError(f"{field}: {pattern!r} matches no module; there are {there}")
 
 
 def derived_seed(*parts: object) -> int:
@@ -165,7 +158,8 @@ def derived_seed(*parts: object) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
-def _swap(model: nn.Module, name: str, module: nn.Module) -> None:
+def swap(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` in the place of the module called `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 

@@ -29,11 +29,10 @@ class LoRALinear(MergeableLinear):
 
     `weight` and `bias` are the Parameters of `linear`, which are frozen. `lora_A` (r, in) and `lora_B`
     (out, r) are float32, or float64 for a float64 weight: 16 bits are too coarse for optimizer steps.
-    `generator` must be a CPU generator. It draws lora_A, so that the adapter does not depend on the device.
+    `generator`, a CPU generator, draws lora_A, so that the adapter does not depend on the device.
 
-    Subclass it to define a variant of LoRA. Everything that handles adapters (inject, counts, files,
-    guards, checkpoints) relies on three answers of the class: `adapter_tensors`, `trained_tensors` and
-    `merged_weight`.
+    Subclass it to define a variant of LoRA. Everything that handles adapters relies on three answers of the
+    class: `adapter_tensors`, `trained_tensors` and `merged_weight` (lora/mergeable.py).
 
     Raises TypeError or ValueError if r, lora_alpha or lora_dropout is out of range.
     """

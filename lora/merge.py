@@ -6,16 +6,22 @@
                                                                            then enables and merges
     disabled    error           error            error                     no change
 
-On exit, also by an exception, a context restores the state of each layer.
+On exit, also by an exception, a context restores the state of each layer. A signal, such as Ctrl-C, takes
+effect before or after a change of state. Both contexts change the model for all threads: a second thread
+may run the model inside the context of the first, but cannot enter one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lora.interrupts import uninterrupted
 from lora.linear import LoRALinear
 from lora.modules import lora_layers
 
@@ -23,16 +29,17 @@ from lora.modules import lora_layers
 def merge(model: nn.Module) -> None:
     """Merges every layer in place (MergeableLinear.merge). If one fails, none is merged.
 
-    Raises RuntimeError if there is no adapter, or if a layer is merged, disabled, or shares its weight
-    with another module; ValueError if a merged weight is not finite. The message names the layer.
+    Raises RuntimeError if there is no adapter, or if a layer is merged, disabled, not writable, or shares
+    the memory of its weight with another tensor; ValueError if a merged weight is not finite. The message
+    names the layer.
     """
     layers = lora_layers(model)
-    _refuse_tied(model, layers)
     for name, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{name} is merged already; unmerge the model first")
         if not layer.enabled:
             raise RuntimeError("merge inside disabled(); leave the context first")
+    _refuse_shared(model, layers)
     _merge_all(layers)
 
 
@@ -44,18 +51,22 @@ def unmerge(model: nn.Module) -> None:
     layers = lora_layers(model)
     if not any(layer.merged for layer in layers.values()):
         raise RuntimeError(f"{next(iter(layers))} is not merged; merge the model first")
-    for layer in layers.values():
-        if layer.merged:
-            layer.unmerge()
+    with uninterrupted():
+        for layer in layers.values():
+            if layer.merged:
+                layer.unmerge()
 
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[nn.Module]:
-    """Context in which the model is merged. Raises RuntimeError or ValueError as `merge` does."""
+    """Context in which the model is merged.
+
+    Raises RuntimeError or ValueError as `merge` does, RuntimeError if another thread is in a context.
+    """
     layers = lora_layers(model)
     if not all(layer.enabled for layer in layers.values()):
         raise RuntimeError("merged() inside disabled(); leave the context first")
-    _refuse_tied(model, layers)
+    _refuse_shared(model, layers)
     with _restored(layers):
         _merge_all({name: layer for name, layer in layers.items() if not layer.merged})
         yield model
@@ -63,50 +74,128 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
-    """Context in which the adapter is off. Modules named in modules_to_save stay as trained."""
+    """Context in which the adapter is off. Modules named in modules_to_save stay as trained.
+
+    Raises RuntimeError if the model has no adapter or another thread is in a context.
+    """
     layers = lora_layers(model)
     with _restored(layers):
-        for layer in layers.values():
-            if layer.merged:
-                layer.unmerge()
-            layer.enabled = False
+        with uninterrupted():
+            for layer in layers.values():
+                if layer.merged:
+                    layer.unmerge()
+                layer.enabled = False
         yield model
 
 
-def _refuse_tied(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
-    """Merging writes to the weight in place, so it would change every module that holds the weight."""
-    holders: dict[nn.Parameter, str] = {}
+def _refuse_shared(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+    """Merging writes to the weight in place, so it would change every tensor in the same memory."""
+    spans: list[tuple[str, int, int, str, Tensor]] = []  # device, first and last byte, name, tensor
     for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            other = holders.setdefault(parameter, name)
-            if other != name and any(layer.weight is parameter for layer in layers.values()):
-                raise RuntimeError(f"{name} and {other} share one weight; merging would change both")
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if (
+                tensor is not None
+                and tensor.numel()
+                and tensor.layout == torch.strided
+                and not tensor.is_meta
+            ):
+                sizes = zip(tensor.shape, tensor.stride(), strict=True)
+                reach = 1 + sum((size - 1) * stride for size, stride in sizes)
+                start = tensor.data_ptr()
+                stop = start + reach * tensor.element_size()
+                spans.append((str(tensor.device), start, stop, f"{name}.{key}".lstrip("."), tensor))
+    spans.sort(key=lambda span: span[:3])
+    weights = {layer.weight for layer in layers.values()}
+    widest = spans[0]
+    for span in spans[1:]:
+        if span[0] == widest[0] and span[1] < widest[2]:
+            if span[4] in weights or widest[4] in weights:
+                raise RuntimeError(
+                    f"{widest[3]} and {span[3]} share one weight or a part of it; merging would change both"
+                )
+            widest = max(widest, span, key=lambda each: each[2])
+        else:
+            widest = span
+
+
+def _merge_all(layers: dict[str, LoRALinear]) -> None:
+    with uninterrupted():
+        started: list[LoRALinear] = []
+        try:
+            for name, layer in layers.items():
+                try:
+                    layer.check_mergeable()
+                    started.append(layer)  # before the merge, so that an interrupted merge is undone too
+                    layer.merge()
+                except (ValueError, RuntimeError) as error:
+                    raise type(error)(f"{name}: {error}") from error
+        except BaseException:
+            for layer in started:
+                if layer.merged:
+                    layer.unmerge()
+            raise
 
 
 @contextmanager
 def _restored(layers: dict[str, LoRALinear]) -> Iterator[None]:
+    """Context that restores on exit which layers are merged and which are enabled."""
     before = {name: (layer.merged, layer.enabled) for name, layer in layers.items()}
-    try:
-        yield
-    finally:
+
+    def restore() -> None:
         for name, layer in layers.items():
             was_merged, layer.enabled = before[name]
             if layer.merged and not was_merged:
                 layer.unmerge()
         _merge_all({name: layer for name, layer in layers.items() if before[name][0] and not layer.merged})
 
+    with _one_thread(layers), restoring(restore):
+        yield
 
-def _merge_all(layers: dict[str, LoRALinear]) -> None:
-    started: list[LoRALinear] = []
+
+_threads: weakref.WeakKeyDictionary[LoRALinear, int] = weakref.WeakKeyDictionary()
+_threads_lock = threading.Lock()
+
+
+@contextmanager
+def _one_thread(layers: dict[str, LoRALinear]) -> Iterator[None]:
+    """Context that only one thread at a time can enter for a layer, any number of times."""
+    entered: list[LoRALinear] = []
+
+    def leave() -> None:
+        for layer in entered:
+            _threads.pop(layer, None)
+
+    with restoring(leave):
+        with uninterrupted(), _threads_lock:
+            thread = threading.get_ident()
+            if any(_threads.get(layer, thread) != thread for layer in layers.values()):
+                raise RuntimeError("another thread is inside merged() or disabled() of this model")
+            entered += [layer for layer in layers.values() if layer not in _threads]
+            _threads.update(dict.fromkeys(entered, thread))
+        yield
+
+
+@contextmanager
+def restoring(restore: Callable[[], None]) -> Iterator[None]:
+    """Context that calls `restore` on exit, also if a signal interrupts the exit itself."""
+    once = _Once(restore)
     try:
-        for name, layer in layers.items():
-            started.append(layer)  # before the merge, so that an interrupted merge is undone too
-            try:
-                layer.merge()
-            except (ValueError, RuntimeError) as error:
-                raise type(error)(f"{name}: {error}") from error
-    except BaseException:
-        for layer in started:
-            if layer.merged:
-                layer.unmerge()
-        raise
+        yield
+    finally:
+        once()
+
+
+class _Once:
+    """Calls a function once: at the latest when the object is freed, which an interrupted exit causes."""
+
+    def __init__(self, function: Callable[[], None]):
+        self._function: Callable[[], None] | None = function
+
+    def __call__(self) -> None:
+        with uninterrupted():
+            function, self._function = self._function, None
+            if function is not None:
+                function()
+
+    def __del__(self) -> None:
+        self()

@@ -2,26 +2,35 @@
 
 While a layer is merged, `weight` holds W + ΔW and `_unmerged_weight` a copy of W. The guards:
 
-    forward in training mode          error: gradients would bypass the adapter
-    backward in eval mode             the same error, unless the adapter is frozen
-    forward after the adapter changed error: the merged weight does not contain the change
-    state_dict                        contains W, so that a saved model is unmerged
-    load_state_dict                   error: unmerging would undo what is loaded
-    to(device), deepcopy              move or copy the copy of W too
-    to(dtype)                         casts the copy of W, and merges again from it
+    forward in training mode           error: gradients would bypass the adapter
+    backward in eval mode              the same error, unless the adapter is frozen
+    forward after the adapter changed  error: the merged weight does not contain the change
+    forward after the weight changed   error: the merged weight was overwritten or replaced
+    state_dict                         contains W, so that a saved model is unmerged
+    load_state_dict                    error: unmerging would undo what is loaded (lora/inject.py)
+    to(device), deepcopy               move or copy the copy of W too
+    to(dtype)                          casts the copy of W, and merges again from it
+
+Some writes do not raise a tensor's version (`.data`, some optimizers, collectives, DLPack), so values are
+compared too: those of the adapter, and the 16 rows that the merge changed most. On an accelerator this would
+wait for the device, so it is only done while the adapter is trainable.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from lora.interrupts import uninterrupted
+from lora.rounding import round_to
+
 
 class MergeableLinear(nn.Linear):
-    """A frozen nn.Linear with the Parameters of `linear`: x (..., in) -> (..., out).
+    """A frozen nn.Linear with the Parameters and hooks of `linear`: x (..., in) -> (..., out).
 
     A subclass adds an adapter and describes it:
 
@@ -29,6 +38,8 @@ class MergeableLinear(nn.Linear):
         and watched for changes while merged.
     trained_tensors: those of them that train. The others stay frozen.
     merged_weight(): the weight with the adapter folded in, (out, in), float64, before rounding.
+
+    Raises TypeError if the weight is not real and floating-point.
     """
 
     adapter_tensors: ClassVar[tuple[str, ...]] = ()
@@ -36,6 +47,8 @@ class MergeableLinear(nn.Linear):
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a weight only to discard it
+        if not linear.weight.is_floating_point():
+            raise TypeError(f"a weight of dtype {linear.weight.dtype} cannot be adapted")
         self.in_features = linear.in_features
         self.out_features = linear.out_features
         self.weight = linear.weight
@@ -44,11 +57,13 @@ class MergeableLinear(nn.Linear):
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.training = linear.training
+        share_hooks(linear, self)
         self.enabled = True
         self._unmerged_weight: Tensor | None = None
         self._was_trainable = False
         self._merged_from: tuple[Tensor, ...] = ()
-        self._merged_versions: tuple[int, ...] | None = None
+        self._merged_rows = torch.empty(0, dtype=torch.int64)  # the rows that are watched while merged
+        self._merged_versions: tuple[tuple[int, int], ...] | None = None
 
     def merged_weight(self) -> Tensor:
         """The weight with the adapter folded in, (out, in), float64."""
@@ -64,34 +79,43 @@ class MergeableLinear(nn.Linear):
         """W, (out, in): the weight without the adapter, merged or not."""
         return self.weight if self._unmerged_weight is None else self._unmerged_weight
 
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Replaces the weight by `merged_weight()`, rounded once to its dtype, and keeps a copy of W.
-
-        The weight is frozen while it is merged. Raises RuntimeError if the layer is merged or disabled,
-        ValueError if the merged weight is not finite.
-        """
+    def check_mergeable(self) -> None:
+        """Raises RuntimeError if the layer is merged or disabled, or if its weight cannot be written to."""
         if self.merged:
             raise RuntimeError("the layer is merged already; unmerge it first")
         if not self.enabled:
             raise RuntimeError("the adapter is switched off by disabled(); merging would switch it on")
-        weight = self.merged_weight().to(self.weight.dtype)
+        self._check_writable()
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Replaces the weight by `merged_weight()`, rounded once to its dtype, and keeps a copy of W.
+
+        The weight is frozen while it is merged. Raises RuntimeError as `check_mergeable` does, ValueError if
+        the merged weight is not finite.
+        """
+        self.check_mergeable()
+        weight = round_to(self.merged_weight(), self.weight.dtype)
         if not weight.isfinite().all():
             raise ValueError(f"W + ΔW is not finite in {self.weight.dtype}")
-        self._replace_weight(weight)
+        with uninterrupted():
+            self._replace_weight(weight)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Restores W from its copy, bit for bit. Raises RuntimeError if the layer is not merged."""
         if self._unmerged_weight is None:
             raise RuntimeError("the layer is not merged; merge it first")
-        self.weight.copy_(self._unmerged_weight).requires_grad_(self._was_trainable)
-        self._unmerged_weight, self._merged_from, self._merged_versions = None, (), None
+        self._check_writable()
+        with uninterrupted():
+            self.weight.copy_(self._unmerged_weight).requires_grad_(self._was_trainable)
+            self._unmerged_weight, self._merged_from, self._merged_versions = None, (), None
 
     def to_linear(self) -> nn.Linear:
-        """An nn.Linear with the same weight and bias Parameters, without the adapter."""
+        """An nn.Linear with the same weight and bias Parameters and hooks, without the adapter."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight, linear.bias = self.weight, self.bias
+        share_hooks(self, linear)
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -99,76 +123,102 @@ class MergeableLinear(nn.Linear):
             return super().forward(x)
         if self.training and torch.is_grad_enabled():
             raise RuntimeError("training while merged: gradients would bypass the adapter; unmerge first")
-        self._check_adapter_unchanged()
+        self._check_unchanged()
         h = super().forward(x)
         trained = [tensor for tensor in self._adapter() if tensor.requires_grad]
         if torch.is_grad_enabled() and trained:
             h = _ForbidBackward.apply(h, *trained)  # type: ignore[no-untyped-call]
         return h
 
+    def _check_writable(self) -> None:
+        weight = self._parameters.get("weight")
+        if weight is None:
+            raise RuntimeError("the weight is not a Parameter; remove its pruning or parametrization first")
+        if weight.is_inference() and not torch.is_inference_mode_enabled():
+            raise RuntimeError("the weight was created in inference mode, so it cannot be written to outside")
+        if any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
+            raise RuntimeError("the weight is an expanded tensor, whose elements share memory")
+
     def _replace_weight(self, weight: Tensor) -> None:
-        self._remember_adapter()
         # The copy is made before the write, so that an interrupt between the two loses nothing.
         self._was_trainable = self.weight.requires_grad
         self._unmerged_weight = self.weight.detach().clone()
         self.weight.requires_grad_(False).copy_(weight)
+        self._remember_merge()
 
     def _adapter(self) -> tuple[Tensor, ...]:
         return tuple(getattr(self, name) for name in self.adapter_tensors)
 
-    def _remember_adapter(self) -> None:
-        self._merged_from = tuple(tensor.detach().clone() for tensor in self._adapter())
-        self._merged_versions = tuple(tensor._version for tensor in self._adapter())
+    def _watched(self) -> tuple[Tensor, ...]:
+        return (*self._adapter(), self.weight.detach()[self._merged_rows])
 
-    def _check_adapter_unchanged(self) -> None:
-        """Raises RuntimeError if the adapter has changed since the merge."""
-        versions = tuple(tensor._version for tensor in self._adapter())
-        changed = self._merged_versions not in (None, versions)
-        # Writes through `.data` do not change the version, so on the CPU the values are compared too. On an
-        # accelerator the comparison would make every forward wait for the device. A deep copy has versions
-        # of its own, so its values are compared once.
-        if not changed and (self._merged_versions is None or self.weight.device.type == "cpu"):
-            pairs = zip(self._merged_from, self._adapter(), strict=True)
-            changed = not all(torch.equal(before, now) for before, now in pairs)
-            self._merged_versions = versions
-        if changed:
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        tensors = (*self._adapter(), self.weight)
+        return tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+
+    def _remember_merge(self) -> None:
+        change = (self.weight - self.base_weight).abs().amax(dim=1)
+        self._merged_rows = change.topk(min(16, len(change))).indices
+        self._merged_from = tuple(tensor.detach().clone() for tensor in self._watched())
+        self._merged_versions = self._versions()
+
+    def _check_unchanged(self) -> None:
+        """Raises RuntimeError if the adapter or the merged weight has changed since the merge."""
+        versions, before = self._versions(), self._merged_versions
+        trainable = any(tensor.requires_grad for tensor in self._adapter())
+        if versions == before and not trainable and self.weight.device.type != "cpu":
+            return
+        values = zip(self._merged_from, self._watched(), strict=True)
+        *same_adapter, same_rows = (torch.equal(then, now) for then, now in values)
+        if not all(same_adapter):
             names = " or ".join(self.adapter_tensors)
             raise RuntimeError(f"{names} changed while merged: the weight is stale; unmerge and merge again")
+        # A deep copy and functional_call have other tensors, with versions of their own.
+        written = before is not None and before[-1][0] == versions[-1][0] and before[-1] != versions[-1]
+        if written or not same_rows:
+            raise RuntimeError("the merged weight was overwritten or replaced; unmerge restores W")
+        self._merged_versions = versions
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._unmerged_weight is not None:
             destination[prefix + "weight"] = self._unmerged_weight
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if self.merged:
-            name = prefix.rstrip(".") or "the layer"
-            raise RuntimeError(f"{name}: load_state_dict into a merged layer; unmerge first")
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_merged_versions": None}  # type: ignore[no-untyped-call]
+        # A copy has version counters of its own, and is not inside the contexts that the original is in.
+        return {**super().__getstate__(), "_merged_versions": None, "enabled": True}  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergeableLinear:
-        if self._unmerged_weight is None:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-            return self
-        self._check_adapter_unchanged()
         dtype = self.weight.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._unmerged_weight = fn(self._unmerged_weight)
-        self._remember_adapter()
-        if self.weight.dtype != dtype:
-            self.unmerge()
-            self.merge()
+        if self._unmerged_weight is not None:
+            self._unmerged_weight = fn(self._unmerged_weight)
+            self._merged_rows = self._merged_rows.to(self.weight.device)
+            # What was stale stays stale, because the values to compare with are moved or cast alike.
+            self._merged_from, self._merged_versions = tuple(map(fn, self._merged_from)), None
+            if self.weight.dtype != dtype:
+                self.weight.copy_(round_to(self.merged_weight(), self.weight.dtype))
+                self._merged_from = (*self._merged_from[:-1], self._watched()[-1])
+                if not self.weight.isfinite().all():
+                    warnings.warn(f"W + ΔW is not finite in {self.weight.dtype}", stacklevel=3)
         return self
 
 
+def share_hooks(source: nn.Module, target: nn.Module) -> None:
+    """Gives `target` the hooks of `source`, the same objects, so that their handles remove them from both."""
+    for name, value in vars(source).items():
+        if "hook" in name:
+            vars(target)[name] = value
+
+
 class _ForbidBackward(torch.autograd.Function):
+    """Returns h itself, which depends on `trained` for autograd: backward is then an error."""
+
     @staticmethod
     def forward(ctx: Any, h: Tensor, *trained: Tensor) -> Tensor:
-        return h.view_as(h)
+        ctx.mark_dirty(h)  # as an in-place operation, so that callers may write to h in place
+        return h
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:

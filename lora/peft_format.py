@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
+from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from lora.config import LoraConfig
@@ -24,6 +26,8 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "layers_to_transform": (None, []),  # 0 is the first layer
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # other values change the base
 }
+_REPEATS = (_parser.MAX_REPEAT, _parser.MIN_REPEAT)  # a possessive repeat does not backtrack
+_MOST_REPEATS = 4
 _OFF: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
 
 
@@ -62,4 +66,55 @@ def from_peft(fields: Mapping[str, Any]) -> LoraConfig:
     given = {name: fields[name] for name in _OURS if fields.get(name) is not None}
     if "target_modules" not in given:
         raise ValueError("target_modules: missing")
+    if isinstance(given["target_modules"], str):
+        _check_cost("target_modules", given["target_modules"])
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in given.get(field, {}):
+            _check_cost(field, pattern)
     return LoraConfig(**given)
+
+
+def _check_cost(field: str, pattern: Any) -> None:
+    """Raises ValueError if a regular expression from a file could take very long to match.
+
+    A repeat or a choice inside a repeat takes exponential time in the worst case, and n variable repeats in
+    sequence take the n-th power of a name's length.
+    """
+    try:
+        repeats, nested = _repeats(_parser.parse(pattern))
+    except (re.error, OverflowError, RecursionError, TypeError):
+        return  # LoraConfig reports it
+    if nested or repeats > _MOST_REPEATS:
+        raise ValueError(f"{field}: {pattern!r} could take very long to match, so it is not used")
+
+
+def _repeats(parsed: Any) -> tuple[int, bool]:
+    """The number of variable repeats in sequence, and whether a repeat or a choice is inside another."""
+    count, nested = 0, False
+    for operation, argument in parsed:
+        inner = [
+            _repeats(part)
+            for part in (argument if isinstance(argument, list | tuple) else [argument])
+            if isinstance(part, _parser.SubPattern)
+        ]
+        if operation is _parser.BRANCH:
+            inner = [max((_repeats(branch) for branch in argument[1]), default=(0, False))]
+            nested |= any(_repeats(branch)[1] for branch in argument[1])
+        total = sum(found for found, _ in inner)
+        nested |= any(bad for _, bad in inner)
+        if operation in _REPEATS and argument[1] > 1:
+            nested |= total > 0 or _has_choice(argument[2])
+            total += argument[0] != argument[1]
+        count += total
+    return count, nested
+
+
+def _has_choice(parsed: Any) -> bool:
+    """Whether there is a branch or an optional part, so that a repeat of it may match in several ways."""
+    for operation, argument in parsed:
+        if operation is _parser.BRANCH or operation in _REPEATS:
+            return True
+        parts = argument if isinstance(argument, list | tuple) else [argument]
+        if any(isinstance(part, _parser.SubPattern) and _has_choice(part) for part in parts):
+            return True
+    return False

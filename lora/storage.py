@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,14 +29,12 @@ class DamagedFileError(UserError, ValueError):
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Writes a file so that a crash leaves either the old or the new contents, and syncs it to disk."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    temporary = Path(name)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # mkstemp creates 0600
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -66,6 +64,12 @@ def write_tensors(
     to its key in the file; the digest is computed over the names. Raises OSError.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Tied tensors are saved under each of their names, but safetensors refuses tensors that share memory.
+    first = {tensor.untyped_storage().data_ptr(): name for name, tensor in reversed(tensors.items())}
+    tensors = {
+        name: tensor if first[tensor.untyped_storage().data_ptr()] == name else tensor.clone()
+        for name, tensor in tensors.items()
+    }
     text = json.dumps({**note, "digest": digest(tensors, note)}, sort_keys=True)
     data = safetensors.torch.save({to_key(name): tensor for name, tensor in tensors.items()}, {entry: text})
     write_atomically(path, data)
@@ -82,10 +86,15 @@ def read_tensors(
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get(entry, "{}")
-            tensors = {to_name(key): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            keys = {key: to_name(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(key) for key, name in keys.items()}
         note = json.loads(text)
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path}: damaged: {error}") from error
+    for key, name in keys.items():
+        other = next(other for other, same in keys.items() if same == name)
+        if other != key:
+            raise DamagedFileError(f"{path}: {name} is in the file twice, as {other!r} and {key!r}")
     if not isinstance(note, dict):
         raise DamagedFileError(f"{path}: damaged: the metadata entry {entry!r} is not a JSON object")
     if note and note.get("digest") != digest(tensors, note):

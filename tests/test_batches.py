@@ -70,9 +70,9 @@ def test_tokens_are_those_of_the_tokenizer_and_come_from_the_cache_the_second_ti
         tokens = encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]].tolist()
         assert tokens == tokenizer(text, truncation=True, max_length=16)["input_ids"]
     assert encoded.lengths.max() == 16
-    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")}
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     assert len(files) == 1
     again = encode(split, tokenizer, 16)
     assert np.array_equal(again.tokens, encoded.tokens)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.arrow")} == files
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")} == files
     assert encode(split, tokenizer, 8).lengths.max() == 8  # another length is another entry

@@ -153,8 +153,12 @@ def test_resuming_says_what_does_not_fit(run, recipe, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
-        ("metrics.jsonl", lambda path: path.unlink(), "some are missing"),
-        ("metrics.jsonl", lambda path: path.write_text('{"cut\n'), "some are missing"),
+        ("metrics.jsonl", lambda path: path.unlink(), "not those that the checkpoint was taken with"),
+        (
+            "metrics.jsonl",
+            lambda path: path.write_text('{"cut\n'),
+            "not those that the checkpoint was taken with",
+        ),
         ("config.toml", lambda path: path.write_text("epochs = "), "config.toml"),
         ("config.toml", lambda path: path.unlink(), "no config.toml"),
         ("checkpoint/00000021.safetensors", lambda path: path.write_bytes(b""), "damaged"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import itertools
 import json
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,9 +17,13 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
+from lora.storage import DamagedFileError, read_tensors, write_tensors
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_ENTRY = "tokens"
+_TEXTS_AT_ONCE = 1000
 _POOL_BATCHES = 50  # the rows of this many batches are sorted by length: little padding, random batches
 
 
@@ -62,41 +68,42 @@ class Batch:
 
 
 def encode(split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length_tokens: int) -> Encoded:
-    """Tokenises a split, truncated to `max_length_tokens`. Cached in the user's datasets cache."""
+    """Tokenises a split, truncated to `max_length_tokens`.
 
-    def tokenise(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        encoded = tokenizer(rows["text"], truncation=True, max_length=max_length_tokens)
-        return {"input_ids": encoded["input_ids"]}
-
-    texts = split.select_columns("text")
-    rules = json.loads(tokenizer.backend_tokenizer.to_str())
-    rules.update(truncation=max_length_tokens, padding=None)  # the tokenizer keeps those of its last call
-    key = hashlib.sha256(json.dumps(rules).encode())
-    for text in texts["text"]:
+    The tokens are cached in a verified file in the user's datasets cache. A damaged file is made again, and
+    without space for it the tokens are not cached.
+    """
+    texts, labels = list(split["text"]), np.asarray(split["label"], dtype=np.int64)
+    key = hashlib.sha256(f"{max_length_tokens} {tokenizer_digest(tokenizer)}".encode())
+    for text in texts:
         key.update(f"{len(text)} {text}".encode())
-    cache = Path(datasets.config.HF_DATASETS_CACHE) / "lora-by-hand" / f"{key.hexdigest()[:32]}.arrow"
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    was_on = datasets.utils.logging.is_progress_bar_enabled()
-    datasets.utils.logging.disable_progress_bar()
+    name = key.hexdigest()
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "lora-by-hand" / f"{name[:32]}.safetensors"
     try:
-        rows = texts.map(
-            tokenise,
-            batched=True,
-            remove_columns=["text"],
-            features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),
-            cache_file_name=str(cache),
-            new_fingerprint=key.hexdigest()[:16],
-        )
-    finally:
-        if was_on:
-            datasets.utils.logging.enable_progress_bar()
-    column = rows.data.column("input_ids").combine_chunks()
-    lengths = column.value_lengths().to_numpy()
-    return Encoded(
-        tokens=column.flatten().to_numpy(),
-        offsets=np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
-        labels=np.asarray(split["label"], dtype=np.int64),
-    )
+        tensors, note = read_tensors(cache, _ENTRY)
+        if note.get("key") == name:
+            return Encoded(tensors["tokens"].numpy(), tensors["offsets"].numpy(), labels)
+    except (DamagedFileError, OSError, KeyError):
+        pass
+    lengths, parts = [0], []
+    for start in range(0, len(texts), _TEXTS_AT_ONCE):
+        some = texts[start : start + _TEXTS_AT_ONCE]
+        rows = tokenizer(some, truncation=True, max_length=max_length_tokens)["input_ids"]
+        lengths += map(len, rows)
+        parts.append(np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32))
+    encoded = Encoded(np.concatenate(parts), np.cumsum(lengths, dtype=np.int64), labels)
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        tokens, offsets = torch.from_numpy(encoded.tokens), torch.from_numpy(encoded.offsets)
+        write_tensors(cache, {"tokens": tokens, "offsets": offsets}, _ENTRY, {"key": name})
+    return encoded
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The SHA-256 of everything that determines how the tokenizer divides and numbers a text."""
+    rules = json.loads(tokenizer.backend_tokenizer.to_str())
+    rules.update(truncation=None, padding=None)  # the tokenizer keeps those of its last call
+    return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 
 def epoch_batches(lengths: np.ndarray, batch_size: int, seed: int, epoch: int) -> list[np.ndarray]:

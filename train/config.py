@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
+import re
+import reprlib
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import tomli_w
 
 from lora import LoraConfig
 from lora.errors import UserError
@@ -86,7 +89,7 @@ class Recipe:
         _in_range("learning_rate", self.learning_rate, 0, math.inf, above=True)
         _in_range("validation_fraction", self.validation_fraction, 0, 1, above=True, below=True)
         _in_range("max_length_tokens", self.max_length_tokens, 3, math.inf)  # start, one token, end
-        if not (self.device in ("auto", "cpu", "cuda") or self.device.removeprefix("cuda:").isdecimal()):
+        if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,3})?", self.device):
             raise RecipeError(f"device: {self.device!r} is not auto, cpu, cuda or cuda:N")
         try:
             self.lora_config()
@@ -106,8 +109,7 @@ class Recipe:
 
     def to_toml(self) -> str:
         """All fields of the recipe in TOML."""
-        fields = dataclasses.asdict(self)
-        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in fields.items())
+        return tomli_w.dumps(dataclasses.asdict(self))
 
 
 def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> tuple[str, Recipe]:
@@ -116,17 +118,17 @@ def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> tuple[st
     changes: fields that override the file's. Raises RecipeError if the recipe is unknown, the file is not
     TOML, a field is misspelt or a value is invalid.
     """
-    path = RECIPES / f"{name}.toml"
-    if not path.is_file():
-        path = Path(name)
-        if not (path.suffix == ".toml" or path.is_file()):
-            known = sorted(file.stem for file in RECIPES.glob("*.toml"))
-            raise RecipeError(f"recipe {name!r}: {_nearest(name, known)}")
+    known = sorted(file.stem for file in RECIPES.glob("*.toml"))
+    path = RECIPES / f"{name}.toml" if name in known else Path(name)
     try:
+        if not (name in known or path.suffix == ".toml" or path.is_file()):
+            raise RecipeError(f"recipe {name!r}: {_nearest(name, known)}")
         fields = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise RecipeError(f"{path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{reprlib.repr(name)}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, RecipeError):
+            raise
         raise RecipeError(f"{path}: not TOML: {error}") from error
     try:
         return path.stem, make_recipe({**fields, **(changes or {})})
@@ -154,7 +156,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
         raise RecipeError(f"--set {setting}: not of the form key=value")
     try:
         value = tomllib.loads(f"x = {text}")["x"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
         if key.strip() == "target_modules":
             value = [name.strip() for name in text.split(",")]
@@ -162,25 +164,30 @@ def parse_setting(setting: str) -> tuple[str, Any]:
 
 
 def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
-    kind = str(field.type)
+    kind, shown = str(field.type), reprlib.repr(value)
     if kind == "int":
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise RecipeError(f"{field.name}: {value!r} is not a whole number")
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 2**53:
+            raise RecipeError(f"{field.name}: {shown} is not a whole number of at most 15 digits")
     elif kind == "float":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise RecipeError(f"{field.name}: {value!r} is not a number")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+            raise RecipeError(f"{field.name}: {shown} is not a number of a usable size")
         return float(value)
     elif kind == "bool":
         if not isinstance(value, bool):
-            raise RecipeError(f"{field.name}: {value!r} is not true or false")
+            raise RecipeError(f"{field.name}: {shown} is not true or false")
     elif kind == "str":
-        if not isinstance(value, str):
-            raise RecipeError(f"{field.name}: {value!r} is not text")
+        if not isinstance(value, str) or not _is_unicode(value):
+            raise RecipeError(f"{field.name}: {shown} is not text in UTF-8")
     elif isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(value)
     elif not isinstance(value, str):
-        raise RecipeError(f"{field.name}: {value!r} is not a list of names or a regular expression")
+        raise RecipeError(f"{field.name}: {shown} is not a list of names or a regular expression")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether the text can be written: an argument that is not UTF-8 becomes surrogates, which cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -45,7 +46,8 @@ class Console:
 
     def say(self, text: str) -> None:
         """Prints lines above the progress bar."""
-        self._bar.write(text, file=sys.stderr)
+        with contextlib.suppress(OSError):  # a reader of stderr that has gone must not cost the run
+            self._bar.write(text, file=sys.stderr)
 
     def sync(self) -> None:
         """Syncs the log to disk."""
@@ -79,4 +81,6 @@ def _open_after(path: Path, lines: int) -> Any:
     kept = path.read_bytes().splitlines(keepends=True)[:lines] if path.is_file() else []
     file = path.open("a", encoding="utf-8")
     file.truncate(sum(map(len, kept)))
+    if kept and not kept[-1].endswith(b"\n"):
+        file.write("\n")
     return file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -91,11 +92,11 @@ def _refuse_too_few(name: str, train: Dataset, labels: tuple[str, ...]) -> None:
 
 def _read_folder(folder: Path) -> tuple[Dataset, Dataset, tuple[str, ...]]:
     names = _class_names(folder / "classes.txt")
-    train_texts, train_classes = _read_csv(folder / "train.csv", names)
+    train_texts, train_classes = _read_csv(folder / "train.csv", names, names)
     labels = names or tuple(
         sorted(set(train_classes), key=lambda name: (len(name), name) if name.isdecimal() else (0, name))
     )
-    test_texts, test_classes = _read_csv(folder / "test.csv", labels)
+    test_texts, test_classes = _read_csv(folder / "test.csv", names, labels)
     index = {label: position for position, label in enumerate(labels)}
     return (
         _dataset(train_texts, [index[name] for name in train_classes], labels),
@@ -108,7 +109,7 @@ def _class_names(path: Path) -> tuple[str, ...]:
     """The lines of classes.txt, or nothing if there is no such file."""
     if not path.is_file():
         return ()
-    names = tuple(line.strip() for line in _decode(path).splitlines() if line.strip())
+    names = tuple(line.strip() for line in _decode(path).split("\n") if line.strip())
     if len(set(names)) != len(names):
         raise DataError(f"{path}: it lists a class twice")
     if not names:
@@ -116,13 +117,18 @@ def _class_names(path: Path) -> tuple[str, ...]:
     return names
 
 
-def _read_csv(path: Path, names: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """The texts and class names of one file. Without `names`, the classes are the file's own labels."""
+def _read_csv(path: Path, names: tuple[str, ...], known: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The texts and class names of one file.
+
+    names: what the class numbers of AG's format mean; if empty, a number is its own name. known: the class
+    names to allow; if empty, all are allowed.
+    """
     if not path.is_file():
         raise DataError(f"{path}: there is no such file; a data folder contains train.csv and test.csv")
     texts: list[str] = []
     classes: list[str] = []
-    reader = csv.reader(_decode(path).splitlines(keepends=True), strict=True)
+    csv.field_size_limit(2**31 - 1)  # the limit is global; the default refuses texts of 128 KiB
+    reader = csv.reader(io.StringIO(_decode(path), newline=""), strict=True)
     header: list[str] | None = None
     line = 1  # the first line of the row; the reader counts the last one
     try:
@@ -136,9 +142,9 @@ def _read_csv(path: Path, names: tuple[str, ...]) -> tuple[list[str], list[str]]
                     continue
                 header = []
             if header:
-                text, name = _labelled_row(where, row, header, names)
+                text, name = _labelled_row(where, row, header, known)
             else:
-                text, name = _ag_row(where, row, names)
+                text, name = _ag_row(where, row, names, known)
             if not text:
                 raise DataError(f"{where}: the text is empty")
             texts.append(text)
@@ -150,25 +156,26 @@ def _read_csv(path: Path, names: tuple[str, ...]) -> tuple[list[str], list[str]]
     return texts, classes
 
 
-def _labelled_row(where: str, row: list[str], header: list[str], names: tuple[str, ...]) -> tuple[str, str]:
+def _labelled_row(where: str, row: list[str], header: list[str], known: tuple[str, ...]) -> tuple[str, str]:
     if len(row) != 2:
         raise DataError(f"{where}: {len(row)} columns, and the header has 2")
     text, name = row[header.index("text")].strip(), row[header.index("label")].strip()
     if not name:
         raise DataError(f"{where}: the label is empty")
-    if names and name not in names:
-        raise DataError(f"{where}: class {name!r} is not one of {', '.join(names)}")
+    if known and name not in known:
+        raise DataError(f"{where}: class {name!r} is not one of {', '.join(known)}")
     return text, name
 
 
-def _ag_row(where: str, row: list[str], names: tuple[str, ...]) -> tuple[str, str]:
+def _ag_row(where: str, row: list[str], names: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, str]:
     if len(row) != 3:
         raise DataError(
             f"{where}: {len(row)} columns instead of class, title, description (or give a header text,label)"
         )
     number, title, description = (cell.strip() for cell in row)
-    allowed = f"1..{len(names)}" if names else "1, 2, 3, …"
-    if not re.fullmatch("[1-9][0-9]{0,5}", number) or (names and int(number) > len(names)):
+    allowed = f"1..{len(names)}" if names else ", ".join(known) or "1, 2, 3, …"
+    is_number = re.fullmatch("[1-9][0-9]{0,5}", number)
+    if not is_number or (int(number) > len(names) if names else known and number not in known):
         raise DataError(f"{where}: class {number!r} is not one of {allowed}")
     # Joined as in the hub's ag_news.
     return " ".join(filter(None, (title, description))), names[int(number) - 1] if names else number

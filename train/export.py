@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
+
+import safetensors
 
 from lora import eject
 from lora.modules import has_adapter
@@ -29,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def export(run: Path, folder: Path) -> None:
-    """Writes the model of `run` to `folder`, which must be empty or new.
+    """Writes the model of `run` to `folder`, which must be empty or new. On an error nothing is left of it.
 
     Its logits equal the merged model's bit for bit, because layers and weights are the same.
 
@@ -45,9 +50,24 @@ def export(run: Path, folder: Path) -> None:
             raise RunError(f"{run}: {error}") from error
     trained.model.config.architectures = [type(trained.model).__name__]
     trained.tokenizer.model_max_length = trained.max_length_tokens  # as in training
-    trained.model.save_pretrained(folder)
-    trained.tokenizer.save_pretrained(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        trained.model.save_pretrained(unfinished)
+        trained.tokenizer.save_pretrained(unfinished)
+        unfinished.chmod(0o777 & ~_umask())  # mkdtemp creates 0700
+        unfinished.replace(folder)
+    except safetensors.SafetensorError as error:
+        raise RunError(f"{folder}: not written: {error}") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{folder}: weights, tokenizer and label names, for use with transformers alone")
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import warnings
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lora import ParameterCount, count_parameters, inject
+from lora.fingerprint import config_fields
 from lora.modules import train_only
 from lora.storage import digest, write_atomically
 from model import HEAD, load_base, speed_up
-from train.batches import Encoded, encode
+from train.batches import Encoded, encode, tokenizer_digest
 from train.checkpoint import list_checkpoints, load_last_checkpoint, save_checkpoint
 from train.config import Recipe, RecipeError
 from train.console import Console, SilentConsole
@@ -39,9 +41,10 @@ from train.runs import (
     PREDICTIONS,
     SUMMARY,
     RunError,
-    check_log,
     locked,
+    log_digest,
     prepare_folder,
+    read_log,
     read_summary,
 )
 from train.signals import InterruptedRunError, deferred_signals
@@ -76,7 +79,9 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
     identity = {
         "recipe": recipe.to_toml(),
         "data": news.digest(),
-        "base model": digest(dict(model.named_parameters()), {}),
+        "base model": digest(dict(model.named_parameters()) | dict(model.named_buffers()), {}),
+        "config of the base model": json.dumps(config_fields(model), sort_keys=True),
+        "tokenizer": tokenizer_digest(tokenizer),
         "precision": precision,
     }
     speed_up(model.to(device), precision)
@@ -93,7 +98,11 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
         trainer = Trainer(model, recipe, train, validation, pad, device, precision, world)
         resumed = resume and load_last_checkpoint(folder / CHECKPOINT, trainer, identity)
         state = trainer.state
-        check_log(folder / METRICS, state.log_lines)
+        if state.log_lines and log_digest(folder / METRICS, state.log_lines) != state.log_digest:
+            raise RunError(
+                f"{folder / METRICS}: damaged: its first {state.log_lines} lines are not those that the"
+                " checkpoint was taken with"
+            )
         total = recipe.epochs * len(train)
         console = (
             Console(folder / METRICS, total, state.examples, state.log_lines)
@@ -118,7 +127,9 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
         logits = predict_logits(model, test, 2 * recipe.batch_size, pad, device, precision, world)
         summary = {}
         if world.is_main:
-            summary = _save_results(name, trainer, counts, news.labels, test.labels, logits, folder)
+            summary = _save_results(
+                name, trainer, tokenizer, counts, news.labels, test.labels, logits, folder
+            )
         world.barrier()
         return Result(summary)
 
@@ -140,6 +151,11 @@ def _make_model(recipe: Recipe, news: News) -> tuple[PreTrainedModel, Any, Param
             f"max_length_tokens: {recipe.max_length_tokens}, and {recipe.model} reads {longest} at most"
         )
     if recipe.method == "lora":
+        width = model.config.hidden_size
+        if recipe.r > width:
+            raise RecipeError(
+                f"r: {recipe.r:,} is more than the rank of a weight of {recipe.model}, {width:,}"
+            )
         try:
             inject(model, recipe.lora_config(), seed=recipe.seed)
         except (TypeError, ValueError, RuntimeError) as error:  # a pattern, or a rank too large for memory
@@ -175,6 +191,7 @@ def _train(
         if world.is_main:
             console.sync()
             state.log_lines = console.lines
+            state.log_digest = log_digest(folder / METRICS, console.lines)
             save_checkpoint(folder / CHECKPOINT, trainer, identity)
 
     with deferred_signals(world.size) as received:
@@ -194,21 +211,25 @@ def _train(
 
 
 def _save_results(
-    name: str, trainer: Trainer, counts: ParameterCount, labels: tuple[str, ...], truth: np.ndarray,
-    logits: Tensor, folder: Path,
+    name: str, trainer: Trainer, tokenizer: Any, counts: ParameterCount, labels: tuple[str, ...],
+    truth: np.ndarray, logits: Tensor, folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """Writes the trained weights, the test predictions, the figures and the summary, which it returns.
+    """Writes the trained weights, the test predictions, the summary, which it returns, and the figures.
+
+    The figures come last, so that a failure to draw them, which is a warning, does not cost the run.
 
     truth: the test split's class indices, (rows,). logits: (rows, classes).
     """
     predicted = logits.argmax(1).numpy()
     scores = Scores.of(truth, predicted, len(labels))
-    trained_bytes = save_trained(trainer.model, folder, trainer.recipe, labels)
+    trained_bytes = save_trained(trainer.model, folder, trainer.recipe, labels, tokenizer)
     _save_predictions(folder / PREDICTIONS, truth, predicted, labels)
     summary = make_summary(name, trainer, counts, scores, labels, trained_bytes)
-    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
-    draw_all(folder / FIGURES, trainer.state.history, lines, scores, labels)
     write_atomically(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+    try:
+        draw_all(folder / FIGURES, trainer.state.history, read_log(folder / METRICS), scores, labels)
+    except Exception as error:
+        warnings.warn(f"{folder / FIGURES}: not drawn: {error!r}", stacklevel=2)
     return summary
 
 

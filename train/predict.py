@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -36,11 +37,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_intermixed_args(arguments)  # flags are allowed between RUN and TEXT
     if any(not text.strip() for text in options.texts):
         return print_error("an empty TEXT has no topic")
+    if any("\ud800" <= character <= "\udfff" for text in options.texts for character in text):
+        return print_error("a TEXT is not UTF-8")
     return run_command(lambda: _print_predictions(options.run, options.texts, options.json))
 
 
 def _print_predictions(run: Path, given: list[str], as_json: bool) -> int:
     trained = load_trained(run, text=True)
+    if not given and sys.stdin is None:
+        return print_error("stdin is closed; give a TEXT")
+    if not given and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # whatever the locale
     texts = given or (line.rstrip("\n") for line in sys.stdin)
     # On a terminal each line is answered at once; a pipe is read in batches.
     batch_size = 1 if not given and sys.stdin.isatty() else _BATCH_SIZE
@@ -73,7 +80,7 @@ def predict_lines(trained: Trained, texts: Iterable[str], batch_size: int, as_js
                 yield json.dumps(
                     {"label": trained.labels[best], "probability": by_label[trained.labels[best]],
                      "probabilities": by_label, "text": text},
-                    ensure_ascii=False,
+                    ensure_ascii=(sys.stdout.encoding or "").lower().replace("-", "") != "utf8",
                 )  # fmt: skip
             else:
                 yield f"{trained.labels[best]}\t{float(row[best]):.4f}"

@@ -15,6 +15,7 @@ from matplotlib import pyplot as plt
 from train.metrics import Scores
 
 _BLUE, _ORANGE, _GREEN = "#2f6db3", "#d9822b", "#3a8f5c"
+_MOST_CLASSES = 30
 
 
 def draw_all(
@@ -67,9 +68,12 @@ def draw_confusion(scores: Scores, labels: tuple[str, ...]) -> Any:
     """Counts by true and predicted class, shaded by the share of the true class."""
     counts = scores.confusion
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    size = max(4.2, 1.1 * len(labels))
+    size = min(max(4.2, 1.1 * len(labels)), 1.1 * _MOST_CLASSES)
     figure, axes = plt.subplots(figsize=(size, size * 0.9))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(labels) > _MOST_CLASSES:  # too many to read, and the figure would be too large for memory
+        axes.set(xlabel="predicted", ylabel="true", title=f"Test articles, accuracy {scores.accuracy:.2%}")
+        return figure
     for i in range(len(labels)):
         for j in range(len(labels)):
             axes.text(
@@ -80,16 +84,24 @@ def draw_confusion(scores: Scores, labels: tuple[str, ...]) -> Any:
                 va="center",
                 color="white" if shares[i, j] > 0.5 else "black",
             )
-    axes.set_xticks(range(len(labels)), labels, rotation=30, ha="right")
-    axes.set_yticks(range(len(labels)), labels)
+    names = [plain(label) for label in labels]
+    axes.set_xticks(range(len(labels)), names, rotation=30, ha="right")
+    axes.set_yticks(range(len(labels)), names)
     axes.set(xlabel="predicted", ylabel="true", title=f"Test articles, accuracy {scores.accuracy:.2%}")
     return figure
 
 
+def plain(label: str) -> str:
+    """A label in which matplotlib sees no formula: two dollar signs would start and end one."""
+    return label.replace("$", r"\$")
+
+
 def _report(scores: Scores, labels: tuple[str, ...]) -> Any:
     rows = scores.report(labels)
-    figure, axes = plt.subplots(figsize=(7, 0.62 * len(labels) + 1.6))
-    at = np.arange(len(labels))
+    if len(rows) > _MOST_CLASSES:
+        rows = sorted(rows, key=lambda row: float(row["f1"]))[:_MOST_CLASSES]
+    figure, axes = plt.subplots(figsize=(7, 0.62 * len(rows) + 1.6))
+    at = np.arange(len(rows))
     for shift, (key, color) in zip(
         (-0.27, 0, 0.27), (("precision", _BLUE), ("recall", _ORANGE), ("f1", _GREEN)), strict=True
     ):
@@ -97,12 +109,13 @@ def _report(scores: Scores, labels: tuple[str, ...]) -> Any:
         axes.plot(values, at + shift, "o", color=color, label=key)
         for value, height in zip(values, at + shift, strict=True):
             axes.annotate(f"{value:.3f}", (value, height), (6, -3), textcoords="offset points", fontsize=7)
-    axes.set_yticks(at, [f"{row['label']} ({row['rows']})" for row in rows])
+    axes.set_yticks(at, [f"{plain(row['label'])} ({row['rows']})" for row in rows])
     axes.invert_yaxis()
     low = min(min(row[key] for row in rows) for key in ("precision", "recall", "f1"))
     axes.set_xlim(max(0.0, low - 0.05), 1.02)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_title("Test articles by class")
+    shown = "Test articles by class" if len(rows) == len(labels) else f"The {len(rows)} hardest classes"
+    axes.set_title(shown)
     axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08), fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

@@ -12,7 +12,9 @@ summary.json           the results; written last, so its presence marks a finish
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
+import hashlib
 import json
 import shlex
 import tomllib
@@ -32,6 +34,26 @@ CHECKPOINT = "checkpoint"
 PREDICTIONS = "test_predictions.csv"
 FIGURES = "figures"
 SUMMARY = "summary.json"
+SUMMARY_KEYS = {
+    "recipe",
+    "method",
+    "labels",
+    "test_accuracy",
+    "test_macro_f1",
+    "test_confusion_matrix",
+    "test_report",
+    "val_accuracy",
+    "best_epoch",
+    "epochs",
+    "lora_parameters",
+    "trainable_parameters",
+    "total_parameters",
+    "adapter_bytes",
+    "train_seconds",
+    "examples_per_second",
+    "padding_fraction",
+    "peak_memory_bytes",
+}  # what the text at the end of a run needs
 _LOCK = ".lock"
 
 
@@ -47,7 +69,7 @@ def run_recipe(folder: Path) -> Recipe:
         return make_recipe(fields)
     except FileNotFoundError:
         raise RunError(f"{folder}: not a run (there is no {CONFIG})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{folder / CONFIG}: {error}") from error
 
 
@@ -56,9 +78,12 @@ def read_summary(folder: Path) -> dict[str, Any]:
     check_finished(folder)
     try:
         summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-    except ValueError as error:
+        if not (isinstance(summary, dict) and summary.keys() >= SUMMARY_KEYS):
+            raise ValueError("some keys are missing")
+    except (ValueError, RecursionError) as error:
+        command = f"python -m train --resume --output {shlex.quote(str(folder))}"
         raise RunError(
-            f"{folder / SUMMARY}: damaged; remove it, and `python -m train --resume` writes it again"
+            f"{folder / SUMMARY}: damaged: {error}; remove it, and `{command}` writes it again"
         ) from error
     return summary
 
@@ -95,8 +120,12 @@ def prepare_folder(folder: Path, recipe: Recipe, resume: bool) -> bool:
     if names and CONFIG not in names:
         raise RunError(f"{folder}: it holds files but no {CONFIG}, so there is no run to resume")
     if names and run_recipe(folder) != recipe:
-        before, now = run_recipe(folder).to_toml().splitlines(), recipe.to_toml().splitlines()
-        changed = [f"{old} there, {new} now" for old, new in zip(before, now, strict=True) if old != new]
+        before, now = dataclasses.asdict(run_recipe(folder)), dataclasses.asdict(recipe)
+        changed = [
+            f"{key} = {before[key]!r} there, {key} = {now[key]!r} now"
+            for key in now
+            if before[key] != now[key]
+        ]
         raise RunError(f"{folder}: cannot resume with another recipe: {'; '.join(changed)}")
     return SUMMARY in names
 
@@ -116,12 +145,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def check_log(path: Path, lines: int) -> None:
-    """Raises RunError unless the log has the first `lines` lines, which a checkpoint relies on."""
+def log_digest(path: Path, lines: int) -> str:
+    """The SHA-256 of the first `lines` lines of a log, whether or not the last one has its newline."""
     found = path.read_bytes().splitlines()[:lines] if path.is_file() else []
+    return hashlib.sha256(b"\n".join([str(len(found)).encode(), *found])).hexdigest()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log. Raises RunError."""
     try:
-        intact = len([json.loads(line) for line in found]) == lines
-    except ValueError:
-        intact = False
-    if not intact:
-        raise RunError(f"{path}: damaged: the checkpoint was taken after {lines} lines, and some are missing")
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+        if not all(isinstance(line, dict) for line in lines):
+            raise ValueError("a line is not a JSON object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunError(f"{path}: damaged: {error}") from error
+    return lines

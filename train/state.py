@@ -22,6 +22,7 @@ class State:
     skipped_steps: int = 0  # by float16's gradient scaler, after an overflow
     seconds: float = 0.0  # training steps and validation, over all resumed parts
     log_lines: int = 0
+    log_digest: str = ""  # of these lines (train/runs.py)
     history: list[dict[str, float]] = field(default_factory=list)  # one row per epoch
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,10 @@ from transformers import PreTrainedModel
 
 from lora import AdapterError, load_adapter, read_adapter, save_adapter
 from lora.files import CONFIG_FILE, TENSOR_FILE
+from lora.fingerprint import config_fields
 from lora.storage import DamagedFileError, digest, read_tensors, write_tensors
 from model import load_base
+from train.batches import tokenizer_digest
 from train.config import Recipe
 from train.runs import ADAPTER, CONFIG, WEIGHTS, RunError, check_finished
 
@@ -31,14 +34,28 @@ class Trained:
     max_length_tokens: int
 
 
-def save_trained(model: nn.Module, folder: Path, recipe: Recipe, labels: tuple[str, ...]) -> int:
-    """Saves an adapter's folder for LoRA, otherwise the trained weights. Returns the size in bytes."""
-    metadata = {"labels": list(labels), "max_length_tokens": recipe.max_length_tokens, "seed": recipe.seed}
+def save_trained(
+    model: nn.Module, folder: Path, recipe: Recipe, labels: tuple[str, ...], tokenizer: Any = None
+) -> int:
+    """Saves an adapter's folder for LoRA, otherwise the trained weights. Returns the size in bytes.
+
+    tokenizer: recorded, so that another one is not used with the weights; None records nothing.
+    """
+    metadata: dict[str, Any] = {
+        "labels": list(labels), "max_length_tokens": recipe.max_length_tokens, "seed": recipe.seed
+    }  # fmt: skip
+    if tokenizer is not None:
+        metadata["tokenizer"] = tokenizer_digest(tokenizer)
     if recipe.method == "lora":
         save_adapter(model, folder / ADAPTER, base=recipe.model, task_type="SEQ_CLS", metadata=metadata)
         return sum((folder / ADAPTER / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
     tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-    note = {**metadata, "model": recipe.model, "frozen": _frozen_digest(model, tensors)}
+    note = {
+        **metadata,
+        "model": recipe.model,
+        "frozen": _frozen_digest(model, tensors),
+        "config": config_fields(model),
+    }
     write_tensors(folder / WEIGHTS, tensors, _ENTRY, note)
     return (folder / WEIGHTS).stat().st_size
 
@@ -74,12 +91,14 @@ def _load_adapter_folder(folder: Path) -> Trained:
     head = adapter.tensors.get("classifier.out_proj.weight")
     if head is None:
         raise AdapterError(f"{folder}: no classifier.out_proj.weight; this is no classifier's adapter")
-    labels = tuple(adapter.metadata.get("labels") or (f"LABEL_{i}" for i in range(len(head))))
-    seed = adapter.metadata.get("seed", 0)  # only a random base depends on it
+    note = _checked(adapter.metadata, folder)
+    labels = tuple(note.get("labels") or (f"LABEL_{i}" for i in range(len(head))))
+    seed = note.get("seed", 0)  # only a random base depends on it
     model, tokenizer = load_base(adapter.base, num_labels=len(labels), labels=labels, seed=seed)
     load_adapter(model, folder)
+    _check_tokenizer(tokenizer, note, folder)
     longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
-    return Trained(model.eval(), tokenizer, labels, adapter.metadata.get("max_length_tokens", longest))
+    return Trained(model.eval(), tokenizer, labels, min(note.get("max_length_tokens", longest), longest))
 
 
 def _load_weights(path: Path) -> Trained:
@@ -87,7 +106,7 @@ def _load_weights(path: Path) -> Trained:
         tensors, note = read_tensors(path, _ENTRY)
     except DamagedFileError as error:
         raise RunError(str(error)) from error
-    if not note:
+    if not (_checked(note, path).keys() >= {"labels", "max_length_tokens", "seed", "model", "frozen"}):
         raise RunError(f"{path}: not written by this project (no metadata entry {_ENTRY!r})")
     labels = tuple(note["labels"])
     model, tokenizer = load_base(note["model"], num_labels=len(labels), labels=labels, seed=note["seed"])
@@ -95,12 +114,40 @@ def _load_weights(path: Path) -> Trained:
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if shapes != {name: parameters[name].shape for name in shapes if name in parameters}:
         raise RunError(f"{path}: not the tensors of {note['model']!r} as it is now")
+    fields = config_fields(model)
+    for key, value in note.get("config", {}).items():
+        if key in fields and fields[key] != value:
+            raise RunError(
+                f"{path}: trained on {note['model']!r} with {key} = {value!r}, which is {fields[key]!r} now"
+            )
+    _check_tokenizer(tokenizer, note, path)
     if note["frozen"] != _frozen_digest(model, tensors):
         raise RunError(f"{path}: trained on {note['model']!r} with other weights than it has now")
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
     return Trained(model.eval(), tokenizer, labels, note["max_length_tokens"])
+
+
+def _checked(note: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The note of a file. Raises RunError if a value has another type than this project writes."""
+    kinds = {
+        "labels": list, "max_length_tokens": int, "seed": int, "model": str, "config": dict, "tokenizer": str
+    }  # fmt: skip
+    for key, kind in kinds.items():
+        if key in note and not isinstance(note[key], kind):
+            raise RunError(f"{path}: damaged: {key} in its note is {reprlib.repr(note[key])}")
+    labels = note.get("labels", [])
+    if len(set(map(str, labels))) != len(labels) or not all(isinstance(label, str) for label in labels):
+        raise RunError(f"{path}: damaged: the labels in its note are not different names")
+    if note.get("max_length_tokens", 3) < 3 or not 0 <= note.get("seed", 0) < 2**32:
+        raise RunError(f"{path}: damaged: max_length_tokens or seed in its note is out of range")
+    return note
+
+
+def _check_tokenizer(tokenizer: Any, note: dict[str, Any], path: Path) -> None:
+    if tokenizer is not None and note.get("tokenizer", "") not in ("", tokenizer_digest(tokenizer)):
+        raise RunError(f"{path}: trained with another tokenizer than the base model has now")
 
 
 def _frozen_digest(model: nn.Module, trained: Mapping[str, Tensor]) -> str:

@@ -3,7 +3,7 @@
 On the CPU torch draws one float per element on one thread. Here the elements are numbered from a start
 that torch's default generator draws, and a vectorised, multithreaded hash of the number gives 15 bits to
 each of four elements. An element is dropped if its 15 bits are below round(p·2¹⁵), so the probability is
-within 2⁻¹⁶ (1.5e-5) of p. On other devices torch's own kernel draws.
+within 2⁻¹⁶ (1.5e-5) of p. On other devices, and for p above 0.99, torch's own kernel draws.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ _SAME_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # The finaliser of MurmurHash3 with the constants of P. Evensen's "moremur", designed for consecutive numbers.
 _MIX = (0x3C79AC492BA7B653, 0x1C69B3F74AC4AE35)
 _LOW_15 = 0x7FFF7FFF7FFF7FFF
+_LARGEST_P = 0.99  # above, 15 bits are too coarse for 1 - p
 _CHUNK = 2**17  # 64-bit words: 1 MiB, so that a dozen passes stay in the cache
 # Multiplies eight bytes that are 0 or 1: the top byte of the product has one bit of each.
 _GATHER = 0x0102040810204080
@@ -29,8 +30,9 @@ def draw_keep(shape: torch.Size, p: float, device: torch.device) -> Tensor:
     On the CPU int16, all ones (-1) for a kept and 0 for a dropped element, for use as a bit mask. On other
     devices bool.
     """
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p)
+    if device.type != "cpu" or p > _LARGEST_P:
+        keep = torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p)
+        return keep if device.type != "cpu" else keep.to(torch.int16).neg_()
     words = torch.empty(-(-shape.numel() // 4), dtype=torch.int64)
     start = int(torch.empty((), dtype=torch.int64).random_(2**62))
     for first in range(0, len(words), _CHUNK):

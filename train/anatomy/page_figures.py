@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from train.anatomy.measure import EPSILON
 from train.anatomy.run import middle_layers, position
 from train.metrics import Scores
-from train.run_figures import draw_confusion, draw_curves
+from train.run_figures import draw_confusion, draw_curves, plain
 from train.telemetry import watched_lines
 
 # Background, text and grid colours of the page's cards. Line colours have a contrast of 3 against both.
@@ -209,9 +209,9 @@ def _heatmaps(other: Facts, name: str) -> Any:
         axes.tick_params(labelsize=8)
         axes.spines[:].set_visible(False)
     for axes in grid[::2]:
-        axes.set_ylabel(f"i: {name}", fontsize=8)
+        axes.set_ylabel(f"i: {plain(name)}", fontsize=8)
     for axes in grid[-2:]:
-        axes.set_xlabel(f"j: {other['name']}", fontsize=8)
+        axes.set_xlabel(f"j: {plain(other['name'])}", fontsize=8)
     figure.tight_layout()
     figure.colorbar(image, ax=grid, label="φ(i, j)", fraction=0.04, pad=0.03)
     return figure
@@ -343,7 +343,7 @@ def _trace(trace: Facts) -> Any:
     figure, axes = _axes(xlabel="blocks with the adapter enabled, from the first", ylabel="logit")
     rows = np.asarray([step["logits"] for step in trace["steps"]])
     for number, label in enumerate(trace["labels"]):
-        axes.plot(rows[:, number], "o-", ms=4, color=CYCLE[number % len(CYCLE)], label=label)
+        axes.plot(rows[:, number], "o-", ms=4, color=CYCLE[number % len(CYCLE)], label=plain(label))
     ticks = ["none" if step["block"] is None else f"+{step['block']}" for step in trace["steps"]]
     axes.set_xticks(range(len(ticks)), ticks, fontsize=8)
     axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))

@@ -28,7 +28,7 @@ from train.anatomy.run import Run, check_same_start, load_run, middle_layers, sh
 from train.data import DataError
 from train.hardware import one_thread
 from train.metrics import Scores
-from train.runs import METRICS, RunError
+from train.runs import METRICS, RunError, read_log
 from train.telemetry import watched_lines
 
 FOLDER = "anatomy"
@@ -61,7 +61,7 @@ def study(
         for other in runs:
             check_same_start(run, other, flag)
     test_set = None if matrix_only else _test_set(run, report)
-    lines = _read_lines(folder / METRICS)
+    lines = read_log(folder / METRICS)
 
     report(f"decomposing {len(run.layers)} weights")
     with one_thread():
@@ -189,13 +189,6 @@ def _about(run: Run) -> dict[str, Any]:
         "learning_rate": recipe.learning_rate,
         **{key: run.summary[key] for key in keys},
     }
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: damaged: {error}") from error
 
 
 def _telemetry(run: Run, lines: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -1,0 +1,44 @@
+"""Removes the adapters of a model again."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lora.inject import refuse_merged, swap
+from lora.interrupts import uninterrupted
+from lora.merge import merge as merge_model
+from lora.modules import lora_config, lora_layers
+
+
+def eject(model: nn.Module, merge: bool = False) -> None:
+    """Replaces every adapted layer by a plain nn.Linear, in place.
+
+    merge=False leaves the base weights as they were before `inject`, bit for bit. merge=True merges the
+    adapter into them first. Modules named in modules_to_save stay as trained.
+
+    Raises RuntimeError if the model has no adapter, is merged or is inside `disabled`, or as `merge` does.
+    A merged model is refused because it is ambiguous whether the adapter is to stay in the weights.
+    """
+    lora_config(model)  # raises if there is none
+    for name, layer in lora_layers(model).items():
+        if layer.merged:
+            raise RuntimeError(
+                f"{name} is merged; unmerge first, then eject the model, with merge=True or not"
+            )
+        if not layer.enabled:
+            raise RuntimeError("eject inside disabled(); leave the context first")
+        if "weight" not in layer._parameters:
+            raise RuntimeError(
+                f"{name}: the weight is not a Parameter; remove its pruning or parametrization"
+            )
+    with uninterrupted():
+        if merge:
+            merge_model(model)
+        linears = {layer: layer.to_linear() for layer in lora_layers(model).values()}
+        for name, module in list(model.named_modules(remove_duplicate=False)):
+            if module in linears:
+                swap(model, name, linears[module])
+            hooks = module._load_state_dict_pre_hooks
+            for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is refuse_merged]:
+                del hooks[key]
+        del model.lora_config
