@@ -423,7 +423,8 @@ def test_damaged_run_folders_are_errors(run, recipe, tmp_path, capsys, name, tex
     [
         "device=7", "device=cuda:٣", "lora_alpha=1e308", "learning_rate=" + "9" * 400, "epochs=" + "9" * 400,
         "seed=" + "9" * 5000, "r=" + "[" * 50_000, "r=99999",
-        "target_modules=" + json.dumps("a{99999999999999999999}"), "batch_size=" + "9" * 30, "lora_alpha=" + "9" * 400, "model=\udcff",
+        "target_modules=" + json.dumps("a{99999999999999999999}"),
+        "batch_size=" + "9" * 30, "lora_alpha=" + "9" * 400, "model=\udcff",
     ],
 )  # fmt: skip
 def test_flags_out_of_range_are_one_short_message(setting, tmp_path, capsys):
