@@ -74,7 +74,11 @@ def _measure(options: argparse.Namespace) -> int:
     lost = _would_lose(folder / f"{options.part}.json", options.data)
     if options.save and not options.quick and lost:
         path = folder / f"{options.part}.json"
-        print(f"{options.part}: not saved, because {path} also has {lost}", file=sys.stderr)
+        print(
+            f"{options.part}: this run is not saved: {path} has results with {lost}, which it does not"
+            " measure (give --data, or install the packages)",
+            file=sys.stderr,
+        )
         options.save = False
     if options.part not in DEFAULT_ALLOCATION:
         keep_freed_memory()

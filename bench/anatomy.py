@@ -61,8 +61,8 @@ def table(result: dict[str, Any]) -> str:
     weakest, strongest = result["amplification"]
     shared = result["first_direction_in_another_seeds"]
     lines = [
-        f"ΔW is {low:.0%} to {high:.0%} of ‖W‖, and {fewest} to {most} of its {r} directions hold 90% of its"
-        " energy.",
+        f"‖ΔW‖ is {low:.0%} to {high:.0%} of ‖W‖, and {fewest} to {most} of its {r} directions hold 90% of"
+        " its energy.",
         f"The share of A's strongest direction that lies in the span of another seed's A is {shared[0]:.2f}"
         f" to {shared[1]:.2f}; for random directions it is {result['by_chance']:.2f}.",
         f"ΔW amplifies directions that are weak in W: its amplification factor is {weakest:.1f} to"

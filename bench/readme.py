@@ -102,7 +102,7 @@ def summary(results: Path) -> str:
                     line("saved file", [size(n) for n in saved], saved[1] / saved[0]),
                     line("training step, ms", [quantity(ms) for ms in times], times[1] / times[0]),
                     line(
-                        "memory of a step, MiB",
+                        "memory held by a step, MiB",
                         [mebibytes(n) for n in bytes_held],
                         bytes_held[1] / bytes_held[0],
                     ),

@@ -62,7 +62,6 @@ def scaled(model: nn.Module, factor: float) -> Iterator[None]:
 
 
 @contextmanager
-@torch.no_grad()
 def truncated(model: nn.Module, rank: int) -> Iterator[None]:
     """Replaces every ΔW by its best approximation of that rank; a rank of r or more changes nothing.
 
@@ -76,15 +75,16 @@ def truncated(model: nn.Module, rank: int) -> Iterator[None]:
     layers = {name: layer for name, layer in _unmerged(model).items() if rank < layer.r}
     before = {name: layer.lora_B.detach().clone() for name, layer in layers.items()}
 
-    @torch.no_grad()
     def restore() -> None:
-        for name, layer in layers.items():
-            layer.lora_B.copy_(before[name])
+        with torch.no_grad():
+            for name, layer in layers.items():
+                layer.lora_B.copy_(before[name])
 
     with restoring(restore):
-        for layer in layers.values():
-            U = delta_svd(layer.lora_A, layer.lora_B, layer.scaling).U[:, :rank]  # (out, k)
-            layer.lora_B.copy_(U @ (U.T @ layer.lora_B.double()))
+        with uninterrupted(), torch.no_grad():
+            for layer in layers.values():
+                U = delta_svd(layer.lora_A, layer.lora_B, layer.scaling).U[:, :rank]  # (out, k)
+                layer.lora_B.copy_(U @ (U.T @ layer.lora_B.double()))
         yield
 
 

@@ -79,7 +79,7 @@ def effective_rank(S: Tensor) -> float:
 
 
 def stable_rank(S: Tensor) -> float:
-    """‖M‖_F² / ‖M‖₂² = ΣS² / S₁², which small singular values hardly change; 0 for M = 0."""
+    """‖M‖_F² / ‖M‖₂² = ΣS² / S₁²; small singular values have little influence on it; 0 for M = 0."""
     if not S.any():
         return 0.0
     return float((S / S.max()).square().sum())

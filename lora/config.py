@@ -1,4 +1,4 @@
-"""The settings of an adapter. Names and defaults are PEFT's, so this is also the adapter's config file."""
+"""The settings of an adapter. Field names are those of PEFT's LoraConfig and its adapter_config.json."""
 
 from __future__ import annotations
 

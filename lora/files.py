@@ -1,7 +1,7 @@
 """An adapter's folder in PEFT's format: adapter_config.json and adapter_model.safetensors.
 
-What PEFT has no place for is in the note of the safetensors file (lora/storage.py), where PEFT does not
-look: the config, a fingerprint of the base (lora/fingerprint.py), and metadata of the caller, such as labels.
+The note of the safetensors file (lora/storage.py), which PEFT ignores, stores the config, a fingerprint of
+the base (lora/fingerprint.py), and metadata of the caller, such as labels.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class AdapterError(UserError, ValueError):
 
 @dataclass(frozen=True)
 class Adapter:
-    """The contents of an adapter's folder, verified in themselves, not yet against a model.
+    """The contents of an adapter's folder, checked for damage but not against a model.
 
     base: the name of the model that the adapter was trained on. tensors: by the model's own names
     (`….query.lora_A`, `classifier.dense.weight`). fingerprint: of the base (lora/fingerprint.py), empty if
@@ -95,7 +95,7 @@ def save_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     # Two files cannot be replaced at once. The tensors carry the config too, so replacing them is the
-    # commit. After a crash right behind it the new config is still there under its temporary name.
+    # commit. If the process crashes right after it, the new config still exists under its temporary name.
     write_atomically(folder / _NEXT_CONFIG_FILE, config_text.encode())
     write_tensors(folder / TENSOR_FILE, tensors, _ENTRY, note, _to_peft_key)
     (folder / _NEXT_CONFIG_FILE).replace(folder / CONFIG_FILE)
@@ -126,7 +126,10 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         if following.is_file():
             config, base = _read_config(following)
         if note["config"] != _as_json(dataclasses.asdict(config)):
-            raise AdapterError(f"{folder / CONFIG_FILE}: not the config that the tensors were saved with")
+            raise AdapterError(
+                f"{folder / CONFIG_FILE}: not the config that is stored in {TENSOR_FILE}; the files come from"
+                " different adapters"
+            )
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype not in (*FLOATS, torch.float64):
             raise AdapterError(f"{path}: {name} is {tensor.dtype}, which is not supported")
@@ -171,7 +174,7 @@ def load_adapter(
     if check_base:
         _check_base(model, adapter, linears, saved, folder)
 
-    with torch.no_grad(), uninterrupted():
+    with uninterrupted(), torch.no_grad():
         layers = build_layers(model, config, injection, layer, seed=0)
         named = {name: layers[linear] for name, linear in linears.items()}
         for name, tensor in _adapter_tensors(named, saved).items():
@@ -211,7 +214,8 @@ def _expected_tensors(
 ) -> dict[str, Tensor]:
     """The tensors that a folder must hold, with the shapes and dtypes that the model requires."""
     layers = {}
-    with torch.device("meta"):  # without memory, however large a rank the config asks for
+    # Without memory, however large a rank the config asks for. An interrupt must not leave the device set.
+    with uninterrupted(), torch.device("meta"):
         for name, linear in linears.items():
             bias = linear.bias is not None
             empty = nn.Linear(linear.in_features, linear.out_features, bias, dtype=linear.weight.dtype)
@@ -247,8 +251,8 @@ def _check_base(
         found = difference(adapter.fingerprint, model, linears, saved)
         if found:
             raise AdapterError(
-                f"{folder}: the adapter was trained on {adapter.base!r} {found} (check_base=False loads it "
-                "nevertheless)"
+                f"{folder}: the adapter was trained on {adapter.base!r} {found}; load that base (in Python, "
+                "check_base=False skips this check)"
             )
         return
     own = getattr(getattr(model, "config", None), "name_or_path", "")  # transformers' models have one

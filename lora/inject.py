@@ -39,7 +39,7 @@ def inject(
     """Replaces every nn.Linear that `config.target_modules` matches by a `layer`, in place.
 
     Freezes every parameter except the adapters and the modules in `config.modules_to_save`. Each lora_A is
-    drawn from `seed` and the module's name alone. Device, dtype, training mode and hooks of each layer stay.
+    drawn from `seed` and the module's name alone. Device, dtype, mode and hooks of a layer are preserved.
     The model keeps the config as `model.lora_config`, for `save_adapter`.
 
     Outputs in eval mode stay the same bit for bit, because lora_B starts at zero. Two exceptions: adding
@@ -89,8 +89,10 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
                 raise TypeError(f"{where}, whose forward is patched; the patch would be lost")
     for name in sorted({name for matched in saved.values() for name in matched}):
         for key, parameter in modules[name].named_parameters():
-            if not (parameter.is_floating_point() or parameter.is_complex()):
-                raise TypeError(f"modules_to_save: {name}.{key} is {parameter.dtype}, which cannot train")
+            fixed = parameter.is_inference() and not torch.is_inference_mode_enabled()
+            if fixed or not (parameter.is_floating_point() or parameter.is_complex()):
+                kind = "a tensor of inference mode" if fixed else parameter.dtype
+                raise TypeError(f"modules_to_save: {name}.{key} is {kind}, which cannot train")
     return Injection(adapted, saved)
 
 
@@ -146,10 +148,9 @@ def _refuse_unmatched(model: nn.Module, field: str, matches: dict[str, tuple[str
     known = sorted({name.rpartition(".")[2] for name in linears})
     if field == "modules_to_save":
         known = [name for name, _ in model.named_children()]
-    there = ", ".join(known) or "none"
     for pattern, names in matches.items():
         if not names:
-            raise ValueError(f"{field}: {pattern!r} matches no module; there are {there}")
+            raise ValueError(f"{field}: {pattern!r} matches no module; names end with {', '.join(known)}")
 
 
 def derived_seed(*parts: object) -> int:

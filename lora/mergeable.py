@@ -37,7 +37,7 @@ class MergeableLinear(nn.Linear):
     adapter_tensors: names of the parameters and buffers that make up the adapter. They are saved, loaded,
         and watched for changes while merged.
     trained_tensors: those of them that train. The others stay frozen.
-    merged_weight(): the weight with the adapter folded in, (out, in), float64, before rounding.
+    merged_weight(): the weight of the merged layer, (out, in), float64, before rounding.
 
     Raises TypeError if the weight is not real and floating-point.
     """
@@ -66,7 +66,7 @@ class MergeableLinear(nn.Linear):
         self._merged_versions: tuple[tuple[int, int], ...] | None = None
 
     def merged_weight(self) -> Tensor:
-        """The weight with the adapter folded in, (out, in), float64."""
+        """The weight of the merged layer, (out, in), float64."""
         raise NotImplementedError
 
     @property
@@ -87,7 +87,6 @@ class MergeableLinear(nn.Linear):
             raise RuntimeError("the adapter is switched off by disabled(); merging would switch it on")
         self._check_writable()
 
-    @torch.no_grad()
     def merge(self) -> None:
         """Replaces the weight by `merged_weight()`, rounded once to its dtype, and keeps a copy of W.
 
@@ -95,19 +94,19 @@ class MergeableLinear(nn.Linear):
         the merged weight is not finite.
         """
         self.check_mergeable()
-        weight = round_to(self.merged_weight(), self.weight.dtype)
-        if not weight.isfinite().all():
-            raise ValueError(f"W + ΔW is not finite in {self.weight.dtype}")
-        with uninterrupted():
+        # An interrupt must not leave torch's gradient mode changed either.
+        with uninterrupted(), torch.no_grad():
+            weight = round_to(self.merged_weight(), self.weight.dtype)
+            if not weight.isfinite().all():
+                raise ValueError(f"W + ΔW is not finite in {self.weight.dtype}")
             self._replace_weight(weight)
 
-    @torch.no_grad()
     def unmerge(self) -> None:
         """Restores W from its copy, bit for bit. Raises RuntimeError if the layer is not merged."""
         if self._unmerged_weight is None:
             raise RuntimeError("the layer is not merged; merge it first")
         self._check_writable()
-        with uninterrupted():
+        with uninterrupted(), torch.no_grad():
             self.weight.copy_(self._unmerged_weight).requires_grad_(self._was_trainable)
             self._unmerged_weight, self._merged_from, self._merged_versions = None, (), None
 

@@ -31,7 +31,7 @@ def lora_config(model: nn.Module) -> LoraConfig:
     config = getattr(model, "lora_config", None)
     if not isinstance(config, LoraConfig):
         if has_adapter(model):
-            raise RuntimeError("the adapter was injected into another part of this model or its parent")
+            raise RuntimeError("no lora_config here; pass the module that was passed to inject()")
         raise RuntimeError("the model has no adapter; inject one or load one first")
     return config
 

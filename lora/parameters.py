@@ -15,7 +15,7 @@ class ParameterCount:
     """Numbers of parameters by role: lora + head + base + frozen = total. Each Parameter counts once.
 
     lora: trained parameters of the adapters. head: trained parameters of newly initialised modules.
-    base: trained pretrained parameters, none of them under LoRA. frozen: parameters that do not train.
+    base: pretrained parameters that train, 0 with LoRA. frozen: parameters that do not train.
     """
 
     lora: int

@@ -14,7 +14,7 @@ import transformers
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from transformers import AutoConfig, AutoTokenizer, RobertaConfig, RobertaForSequenceClassification
 
-from lora.errors import UserError
+from lora.errors import UserError, first_line
 from model.minilm import minilm_config, minilm_state, minilm_tokenizer
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _random(name: str, settings: dict[str, Any]) -> tuple[Any, Any]:
     elif shape == "roberta-base":
         config, tokenizer = _roberta_base_config(), None
     else:
-        raise ModelError(f"{name}: there are random:minilm and random:roberta-base")
+        raise ModelError(f"{name}: unknown; use random:minilm or random:roberta-base")
     config.update(settings)
     return RobertaForSequenceClassification(config), tokenizer
 
@@ -139,7 +139,7 @@ def _from_folder(folder: Path, settings: dict[str, Any], seed: int) -> tuple[Any
     except ModelError:
         raise
     except Exception as error:  # transformers, safetensors and tokenizers raise many types for a bad folder
-        raise ModelError(f"{folder}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise ModelError(f"{folder}: cannot be loaded: {first_line(error)}") from error
     misshapen = sorted(str(key) for key in report["mismatched_keys"] if "classifier." not in str(key))
     if misshapen:
         raise ModelError(f"{folder}: {misshapen[0]} does not have the shape given by config.json")
@@ -179,7 +179,7 @@ def _fetch(name: str) -> Path:
         reason = f"{endpoint} has no public model of that name"
         raise ModelError(_unavailable(name, reason)) from error
     except Exception as error:  # from httpx, OSError or huggingface_hub, depending on what failed
-        reason = f"{endpoint} cannot be reached ({str(error).strip().splitlines()[0]})"
+        reason = f"{endpoint} cannot be reached ({first_line(error)})"
         raise ModelError(_unavailable(name, reason)) from error
 
 

@@ -34,7 +34,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def speed_up(model: PreTrainedModel, precision: str = "bf16") -> None:
-    """Makes the model's forward and backward faster, in place. Calling it again changes nothing.
+    """Makes the model's forward and backward faster, in place.
 
     Linear and LoRA layers, dropout and attention change their class or function; modules, Parameters and
     hooks stay. Layers injected later become fast too. With precision "bf16" or "fp16", frozen Linears keep

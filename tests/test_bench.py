@@ -174,7 +174,7 @@ def test_results_of_given_data_are_not_lost_to_a_run_without_it(monkeypatch, tmp
     assert main(["accuracy", "--save", "--data", "some_news"]) == 0
     assert main(["accuracy", "--save"]) == 0
     out, err = capsys.readouterr()
-    assert "accuracy.json also has some_news" in err
+    assert "accuracy.json has results with some_news" in err
     assert json.loads(out.splitlines()[-1])["x"] is None  # printed nevertheless
     assert json.loads((tmp_path / "accuracy.json").read_text())["x"] == "some_news"
 
@@ -187,7 +187,7 @@ def test_results_of_a_baseline_are_not_lost_to_a_run_without_it(monkeypatch, tmp
     kept = json.dumps({"part": "merging", "versions": {"torch": "1", "python": "3", "no-such-baseline": "2"}})
     (tmp_path / "merging.json").write_text(kept)
     assert main(["merging", "--save"]) == 0
-    assert "merging.json also has no-such-baseline" in capsys.readouterr().err
+    assert "merging.json has results with no-such-baseline" in capsys.readouterr().err
     assert (tmp_path / "merging.json").read_text() == kept
     (tmp_path / "merging.json").write_text("damaged")
     assert main(["merging", "--save"]) == 0

@@ -101,7 +101,7 @@ def test_the_defaults_are_a_recipe():
         (["--model", "random:roberta-base"], "without a tokenizer"),
         (["--set", "device=cuda:99"], "there is no cuda:99 here"),
         (["--set", "max_length_tokens=4000"], "reads 512 at most"),
-        (["--set", "target_modules=q_proj"], "'q_proj' matches no module; there are dense, key"),
+        (["--set", "target_modules=q_proj"], "'q_proj' matches no module; names end with dense, key"),
     ],
 )
 def test_a_wrong_command_is_one_message_and_exit_code_2(flags, message, tmp_path, capsys):

@@ -332,7 +332,7 @@ def test_another_base_is_not_resumed(stopped, tmp_path, change, message):
     (tmp_path / "run" / "config.toml").write_text(text)
     change(tmp_path / "base", None)
     recipe = run_recipe(tmp_path / "run")
-    with pytest.raises(CheckpointError, match=f"the recipe|{message} is not the one"):
+    with pytest.raises(CheckpointError, match=f"the recipe|{message} differs from that of the checkpoint"):
         run_job("tiny", recipe, tmp_path / "run", resume=True)
 
 

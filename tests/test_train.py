@@ -62,7 +62,7 @@ def test_a_run_leaves_what_the_readme_says(run, recipe):
     } <= summary.keys()  # fmt: skip
     assert summary["precision"] == "fp32"
     assert np.sum(summary["test_confusion_matrix"]) == 9
-    assert (folder / "config.toml").read_text() == recipe.to_toml()
+    assert (folder / "config.toml").read_text() == f"# recipe: tiny\n{recipe.to_toml()}"
 
 
 def test_the_loss_falls_and_the_news_is_learnt(run):
@@ -185,7 +185,7 @@ def test_another_base_model_under_the_same_name_is_refused(run, recipe, tmp_path
         return model, tokenizer
 
     monkeypatch.setattr("train.job.load_base", other)
-    with pytest.raises(CheckpointError, match="the base model is not the one"):
+    with pytest.raises(CheckpointError, match="the base model differs from that of the checkpoint"):
         run_job("tiny", recipe, tmp_path / "run", resume=True)
 
 
@@ -473,10 +473,10 @@ BIAS = "classifier.out_proj.bias"
     ("change", "keep_digest", "message"),
     [
         (lambda tensors, _: tensors[BIAS].add_(1), True, "the digest does not match"),
-        (lambda tensors, _: tensors.update({BIAS: torch.zeros(1)}), False, "not the tensors of"),
-        (lambda tensors, _: tensors.update(unknown=torch.zeros(1)), False, "not the tensors of"),
-        (lambda tensors, _: tensors.pop(BIAS), False, "with other weights"),
-        (lambda _, note: note.update(frozen=""), False, "with other weights"),
+        (lambda tensors, _: tensors.update({BIAS: torch.zeros(1)}), False, "do not match the model"),
+        (lambda tensors, _: tensors.update(unknown=torch.zeros(1)), False, "do not match the model"),
+        (lambda tensors, _: tensors.pop(BIAS), False, "have changed since training"),
+        (lambda _, note: note.update(frozen=""), False, "have changed since training"),
         (lambda _, note: note.pop("frozen"), True, "the digest does not match"),
     ],
 )

@@ -48,7 +48,8 @@ class Encoded:
 class Batch:
     """Rows padded to the longest: input_ids and attention_mask (B, L) int64, labels (B,) int64.
 
-    attention_mask is None if nothing is padded. A model could only find that out by waiting for the GPU.
+    attention_mask is None if nothing is padded. To find this out from a mask on a GPU, a model would have to
+    synchronise with it.
     """
 
     input_ids: Tensor

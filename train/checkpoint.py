@@ -58,14 +58,19 @@ def load_last_checkpoint(folder: Path, trainer: Trainer, identity: dict[str, str
     try:
         tensors, note = read_tensors(path, _ENTRY)
         if note.get("step") != int(path.stem):
-            raise DamagedFileError(f"{path}: damaged: not the checkpoint of that step")
+            raise DamagedFileError(f"{path}: damaged: the step in it differs from the step in its name")
     except (DamagedFileError, OSError) as error:
         older = f"; remove it to resume from {paths[-2].name}" if len(paths) > 1 else ""
         raise CheckpointError(f"{error}{older}") from error
-    for name, value in identity.items():
-        if note["identity"].get(name) != value:
-            raise CheckpointError(f"{path}: cannot resume: the {name} is not the one that it was taken with")
-    _restore(trainer, tensors, note["trainer"])
+    try:
+        for name, value in identity.items():
+            if note["identity"].get(name) != value:
+                raise CheckpointError(
+                    f"{path}: cannot resume: the {name} differs from that of the checkpoint"
+                )
+        _restore(trainer, tensors, note["trainer"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: not a checkpoint of this version: {error!r}") from error
     return True
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import UserError
-from train.command import print_error, run_command
+from train.command import print_error, python, run_command
 from train.config import RECIPES, load_recipe, parse_setting
 from train.distributed import env_rank
 from train.hardware import keep_freed_memory
 from train.job import run_job
+from train.runs import CONFIG, recipe_name, run_recipe
 from train.signals import InterruptedRunError
 from train.summary import summary_text
 
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         epilog=f"Recipes: {recipes}. Every field of a recipe can be --set; train/config.py lists them.",
     )
     parser.add_argument(
-        "--recipe", default="quickstart", metavar="NAME|FILE", help="a recipe's name or a TOML file"
+        "--recipe", metavar="NAME|FILE", help="a recipe's name or a TOML file (default: quickstart)"
     )
     parser.add_argument(
         "--model", metavar="M", help="minilm, a folder, a RoBERTa on the hub, or random:minilm"
@@ -37,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--data", metavar="D", help="bbc, ag_news, a dataset on the hub, or a folder of CSV files"
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in the folder")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in the folder, by default with its own recipe"
+    )
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="set a field of the recipe"
     )
@@ -48,7 +51,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _train(options: argparse.Namespace) -> int:
     changes: dict[str, Any] = dict(parse_setting(setting) for setting in options.set)
     changes |= {key: value for key in ("model", "data") if (value := getattr(options, key)) is not None}
-    name, recipe = load_recipe(options.recipe, changes)
+    own = options.resume and options.recipe is None and not changes and options.output is not None
+    if own and (options.output / CONFIG).is_file():
+        name, recipe = recipe_name(options.output), run_recipe(options.output)
+    else:
+        name, recipe = load_recipe(options.recipe or "quickstart", changes)
     keep_freed_memory()
     folder = options.output or Path("runs") / name
     try:
@@ -56,7 +63,7 @@ def _train(options: argparse.Namespace) -> int:
     except InterruptedRunError as stop:
         if env_rank() == 0:
             words = [word for word in sys.argv[1:] if word != "--resume"]
-            command = shlex.join(["python", "-m", "train", *words, "--resume"])
+            command = shlex.join([python(), "-m", "train", *words, "--resume"])
             print(f"\nstopped by {stop} after a checkpoint; continue with\n  {command}", file=sys.stderr)
         return 128 + stop.signal
     except RuntimeError as error:

@@ -39,6 +39,12 @@ def run_command(command: Callable[[], int | None]) -> int:
         return code
 
 
+def python() -> str:
+    """The running Python as a user would type it: a relative path if it is in the current folder."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"
+
+
 def print_error(message: str) -> int:
     """Prints an error to stderr, with the rank of a process started by torchrun. Returns exit code 2."""
     where = f" on rank {os.environ['RANK']}" if "RANK" in os.environ else ""

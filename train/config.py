@@ -123,17 +123,14 @@ def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> tuple[st
     try:
         if not (name in known or path.suffix == ".toml" or path.is_file()):
             raise RecipeError(f"recipe {name!r}: {_nearest(name, known)}")
-        fields = tomllib.loads(path.read_text(encoding="utf-8"))
+        make_recipe(fields := tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise RecipeError(f"{reprlib.repr(name)}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, RecipeError):
-            raise
+            raise RecipeError(f"{path.name}: {error}") from error
         raise RecipeError(f"{path}: not TOML: {error}") from error
-    try:
-        return path.stem, make_recipe({**fields, **(changes or {})})
-    except RecipeError as error:
-        raise RecipeError(f"{path.name}: {error}") from error
+    return path.stem, make_recipe({**fields, **(changes or {})})
 
 
 def make_recipe(fields: Mapping[str, Any]) -> Recipe:
@@ -197,7 +194,7 @@ def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
 
 def _nearest(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"there are {', '.join(known)}"
+    return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
 
 
 def _in_range(

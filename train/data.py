@@ -16,7 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from huggingface_hub import HfApi
 from huggingface_hub import constants as hub_constants
 
-from lora.errors import UserError
+from lora.errors import UserError, first_line
 from train.bbc import read_bbc
 
 AG_NEWS_ON_HUB = "fancyzhx/ag_news"
@@ -235,7 +235,7 @@ def _fetch(name: str) -> Any:
             return _from_cache(name, error)
         return datasets.load_dataset(name)
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise DataError(
             f"{name}: there is no such folder, no such dataset in the hub's cache, and "
             f"{hub_constants.ENDPOINT} did not provide it ({reason}).\n"

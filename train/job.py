@@ -35,7 +35,6 @@ from train.metrics import Scores
 from train.run_figures import draw_all
 from train.runs import (
     CHECKPOINT,
-    CONFIG,
     FIGURES,
     METRICS,
     PREDICTIONS,
@@ -46,6 +45,7 @@ from train.runs import (
     prepare_folder,
     read_log,
     read_summary,
+    write_recipe,
 )
 from train.signals import InterruptedRunError, deferred_signals
 from train.summary import make_summary
@@ -89,7 +89,7 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
     with join_world(device) as world, locked(folder) if world.is_main else contextlib.nullcontext():
         if world.is_main:
             prepare_folder(folder, recipe, resume)  # again, because another run may have taken the lock first
-            write_atomically(folder / CONFIG, recipe.to_toml().encode())
+            write_recipe(folder, name, recipe)
         train, validation, test = (
             _encode_once(split, tokenizer, recipe.max_length_tokens, world)
             for split in (news.train, news.validation, news.test)

@@ -40,9 +40,9 @@ class TrainingError(UserError, RuntimeError):
 class Trainer:
     """Trains `model` by `recipe`: iterate over `epochs()`, which yields after every step.
 
-    All random numbers are derived from the seed, the step and the rank, so a resumed run draws what it
-    would have drawn. A batch is divided among the processes; gradients and losses are sums over rows
-    divided by the number of all rows, so they do not depend on the number of processes.
+    All random numbers are derived from the seed, the step and the rank, so a resumed run draws the same
+    numbers as an uninterrupted one. A batch is divided among the processes; gradients and losses are sums
+    over rows divided by the number of all rows, so they do not depend on the number of processes.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class Trainer:
             parameter.copy_(self.best[name])
 
     def _is_logged(self, step: int) -> bool:
-        """The first step is logged too: in it, B has a gradient and A has none."""
+        """The first step is logged too: it shows that at first only B has a gradient that is not zero."""
         return step == 1 or step % self.recipe.log_every_steps == 0
 
     def _line(self, gradient_norm: Tensor) -> dict[str, Any]:

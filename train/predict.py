@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_intermixed_args(arguments)  # flags are allowed between RUN and TEXT
     if any(not text.strip() for text in options.texts):
-        return print_error("an empty TEXT has no topic")
+        return print_error("TEXT must not be empty")
     if any("\ud800" <= character <= "\udfff" for text in options.texts for character in text):
         return print_error("a TEXT is not UTF-8")
     return run_command(lambda: _print_predictions(options.run, options.texts, options.json))

@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from lora.errors import UserError
+from lora.storage import write_atomically
+from train.command import python
 from train.config import Recipe, make_recipe
 
 ADAPTER = "adapter"
@@ -55,6 +57,7 @@ SUMMARY_KEYS = {
     "peak_memory_bytes",
 }  # what the text at the end of a run needs
 _LOCK = ".lock"
+_NAME = "# recipe: "  # the first line of config.toml
 
 
 class RunError(UserError, RuntimeError):
@@ -81,9 +84,8 @@ def read_summary(folder: Path) -> dict[str, Any]:
         if not (isinstance(summary, dict) and summary.keys() >= SUMMARY_KEYS):
             raise ValueError("some keys are missing")
     except (ValueError, RecursionError) as error:
-        command = f"python -m train --resume --output {shlex.quote(str(folder))}"
         raise RunError(
-            f"{folder / SUMMARY}: damaged: {error}; remove it, and `{command}` writes it again"
+            f"{folder / SUMMARY}: damaged: {error}; remove it, and `{resume_command(folder)}` writes it again"
         ) from error
     return summary
 
@@ -93,8 +95,18 @@ def check_finished(folder: Path) -> None:
     if not folder.is_dir():
         raise RunError(f"{folder}: there is no such folder")
     if (folder / CONFIG).is_file() and not (folder / SUMMARY).is_file():
-        command = f"python -m train --resume --output {shlex.quote(str(folder))}"
-        raise RunError(f"{folder}: the run is not finished; `{command}` continues it")
+        raise RunError(f"{folder}: the run is not finished; `{resume_command(folder)}` continues it")
+
+
+def resume_command(folder: Path) -> str:
+    """The command that continues the run in `folder`."""
+    return f"{python()} -m train --resume --output {shlex.quote(str(folder))}"
+
+
+def recipe_name(folder: Path) -> str:
+    """The name of the recipe that the run in `folder` was started with, or "config" if it is not recorded."""
+    first = (folder / CONFIG).read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix(_NAME) if first.startswith(_NAME) else Path(CONFIG).stem
 
 
 def prepare_folder(folder: Path, recipe: Recipe, resume: bool) -> bool:
@@ -128,6 +140,11 @@ def prepare_folder(folder: Path, recipe: Recipe, resume: bool) -> bool:
         ]
         raise RunError(f"{folder}: cannot resume with another recipe: {'; '.join(changed)}")
     return SUMMARY in names
+
+
+def write_recipe(folder: Path, name: str, recipe: Recipe) -> None:
+    """Writes config.toml."""
+    write_atomically(folder / CONFIG, f"{_NAME}{name}\n{recipe.to_toml()}".encode())
 
 
 @contextmanager

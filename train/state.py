@@ -1,4 +1,4 @@
-"""Where a run is: its counters."""
+"""The progress counters of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ class State:
     """The counters of a run. All but `seconds` are the same however often the run was stopped and resumed."""
 
     epoch: int = 0  # finished epochs
-    step_in_epoch: int = 0  # optimizer steps since
+    step_in_epoch: int = 0  # optimizer steps in the current epoch
     step: int = 0
     best_epoch: int = 0  # counted from 1; 0: none yet
     best_accuracy: float = -1.0

@@ -10,9 +10,11 @@ from typing import Any
 
 from lora import ParameterCount
 from lora.modules import lora_layers
+from train.command import python
 from train.hardware import device_name, peak_memory_bytes
 from train.loop import Trainer
 from train.metrics import Scores
+from train.runs import CONFIG
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy")
 
@@ -75,6 +77,10 @@ def summary_text(summary: dict[str, Any], folder: Path) -> str:
     worst = min(summary["test_report"], key=lambda row: row["f1"])
     trained = "adapter/" if summary["method"] == "lora" else "weights.safetensors"
     path = shlex.quote(str(folder))
+    lora_commands = [
+        f"  {python()} -m train.anatomy {path}",
+        f"  {python()} -m train --recipe {path}/{CONFIG} --set r=1 --output {path}-r1",
+    ]
     return "\n".join(
         [
             "",
@@ -90,10 +96,9 @@ def summary_text(summary: dict[str, Any], folder: Path) -> str:
             f"saved {folder}/: {trained} ({summary['adapter_bytes'] / 1e6:.2f} MB), summary.json,"
             " metrics.jsonl, figures/",
             "next",
-            f'  python -m train.predict {path} "Shares rose after the bank cut its rates."',
-            f"  python -m train.evaluate {path}",
-            *([f"  python -m train.anatomy {path}"] if summary["method"] == "lora" else []),
-            f"  python -m train --recipe {summary['recipe']} --set r=1 --output {path}-r1",
+            f'  {python()} -m train.predict {path} "Shares rose after the bank cut its rates."',
+            f"  {python()} -m train.evaluate {path}",
+            *(lora_commands if summary["method"] == "lora" else []),
         ]
     )
 

@@ -17,7 +17,7 @@ from train.hardware import one_thread
 class Telemetry:
     """Measures the adapted layers of a model, in the order of `lora_layers`. It changes nothing.
 
-    After construction nothing of the size of W is computed, and a line waits for the device once. Call
+    After construction, no tensor of the size of W is computed. `line` synchronises with the device once. Call
     `note_gradients` after float16's unscaling and before clipping: the gradients are then those of the
     step's mean loss over all rows and all processes.
     """
@@ -40,7 +40,7 @@ class Telemetry:
     def line(self) -> dict[str, list[float]]:
         """One value per layer of ‖ΔW‖/‖W‖, the effective rank of ΔW, and the gradient norm of A and of B.
 
-        ΔW is that after the step, the gradients are those of the step. The gradient of A is zero until B
+        ΔW is measured after the step. The gradients are those of the step. The gradient of A is zero until B
         has changed: in the first step and, because a warm-up starts at rate 0, in the second. A variant of
         LoRA has the gradient norm of each tensor that it trains, and ΔW only if its ΔW is scaling·B·A.
 

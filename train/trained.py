@@ -90,7 +90,7 @@ def _load_adapter_folder(folder: Path) -> Trained:
         )
     head = adapter.tensors.get("classifier.out_proj.weight")
     if head is None:
-        raise AdapterError(f"{folder}: no classifier.out_proj.weight; this is no classifier's adapter")
+        raise AdapterError(f"{folder}: the adapter has no classification head (classifier.out_proj.weight)")
     note = _checked(adapter.metadata, folder)
     labels = tuple(note.get("labels") or (f"LABEL_{i}" for i in range(len(head))))
     seed = note.get("seed", 0)  # only a random base depends on it
@@ -113,7 +113,7 @@ def _load_weights(path: Path) -> Trained:
     parameters = dict(model.named_parameters())
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if shapes != {name: parameters[name].shape for name in shapes if name in parameters}:
-        raise RunError(f"{path}: not the tensors of {note['model']!r} as it is now")
+        raise RunError(f"{path}: names or shapes of its tensors do not match the model {note['model']!r}")
     fields = config_fields(model)
     for key, value in note.get("config", {}).items():
         if key in fields and fields[key] != value:
@@ -122,7 +122,7 @@ def _load_weights(path: Path) -> Trained:
             )
     _check_tokenizer(tokenizer, note, path)
     if note["frozen"] != _frozen_digest(model, tensors):
-        raise RunError(f"{path}: trained on {note['model']!r} with other weights than it has now")
+        raise RunError(f"{path}: the weights of the base {note['model']!r} have changed since training")
     with torch.no_grad():
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)

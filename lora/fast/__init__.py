@@ -1,4 +1,4 @@
-"""The layers of the textbook, faster: `fuse` changes the class of a model's layers in place."""
+"""Faster versions of nn.Linear and LoRALinear. `fuse` changes the class of a model's layers in place."""
 
 from lora.fast.layers import FastLinear, FastLoRALinear, copy_bytes, fuse
 

@@ -27,8 +27,8 @@ _TO_TOP = 0x7F7F7F7F7F7F7F7F
 def draw_keep(shape: torch.Size, p: float, device: torch.device) -> Tensor:
     """A random mask of the elements to keep, each drawn independently with probability 1 - p.
 
-    On the CPU int16, all ones (-1) for a kept and 0 for a dropped element, for use as a bit mask. On other
-    devices bool.
+    On the CPU the mask is int16: -1 (all bits set) for a kept element, 0 for a dropped one. On other devices
+    it is bool.
     """
     if device.type != "cpu" or p > _LARGEST_P:
         keep = torch.empty(shape, dtype=torch.bool, device=device).bernoulli_(1 - p)

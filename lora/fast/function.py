@@ -107,7 +107,7 @@ class _LoRALinear(torch.autograd.Function):
     @outside_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("FastLoRALinear has no second derivative; LoRALinear has, so do not fuse it")
+            raise RuntimeError("FastLoRALinear has no second derivative (create_graph=True); do not fuse()")
         x, weight, lora_A, lora_B, thin, packed = ctx.saved_tensors
         rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])  # (n, in), (n, out)
         needs_x, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad

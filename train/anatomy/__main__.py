@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.text is not None and options.matrix_only:
         return print_error("--text cannot be traced with --matrix-only, which does not run the model")
     if options.text is not None and not options.text.strip():
-        return print_error("--text is empty, and an empty text has no topic")
+        return print_error("--text must not be empty")
     return run_command(lambda: _study(options))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
+from lora.errors import first_line
 from lora.storage import write_atomically
 from model.minilm import DataPackageMissingError
 from train.anatomy.experiments import Report, TestSet, mistakes, run_experiments, score, trace, truncate_full
@@ -116,7 +117,7 @@ def _test_set(run: Run, report: Report) -> TestSet | None:
     try:
         return TestSet.of(run)
     except (DataError, DataPackageMissingError, RunError) as error:
-        report(f"matrix parts only, because the data cannot be loaded: {str(error).splitlines()[0]}")
+        report(f"matrix parts only, because the data cannot be loaded: {first_line(error)}")
         return None
 
 
