@@ -198,4 +198,5 @@ class _Once:
                 function()
 
     def __del__(self) -> None:
-        self()
+        if self._function is not None:  # Python ignores a KeyboardInterrupt here, so do as little as possible
+            self()

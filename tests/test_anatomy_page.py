@@ -225,7 +225,7 @@ def test_without_data_the_matrix_parts_are_written(runs, tmp_path, capsys, monke
         (["run", "--against", "full"], "full: its method is full"),
         (["run", "--against", "run"], "this is the run itself"),
         (["run", "--against", "other"], "other: its model is"),
-        (["run", "--text", " "], "--text is empty"),
+        (["run", "--text", " "], "--text must not be empty"),
     ],
 )
 def test_the_command_reports_what_is_wrong(runs, recipe, tmp_path, capsys, monkeypatch, arguments, message):

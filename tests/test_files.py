@@ -182,7 +182,7 @@ def test_loading_over_an_adapter_is_refused(adapted, folder):
 
 def test_a_config_from_another_adapter_is_noticed(folder):
     reconfigure(folder, lora_alpha=99)
-    with pytest.raises(AdapterError, match="not the config that the tensors were saved with"):
+    with pytest.raises(AdapterError, match="not the config that is stored in"):
         read_adapter(folder)
 
 

@@ -118,7 +118,9 @@ def test_a_signal_leaves_the_state_before_or_after(operation, tmp_path):
             sender.start()
             target.run(operation, model)
             finished = True
-            time.sleep(10)  # until the signal comes
+            for _ in range(10_000):  # until the signal comes; another thread may receive it during a sleep
+                time.sleep(0.001)
+            pytest.fail("the signal was lost")
         except KeyboardInterrupt:
             interrupted += not finished
         sender.join()

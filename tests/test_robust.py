@@ -7,7 +7,6 @@ import shutil
 import stat
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ from lora.files import CONFIG_FILE, TENSOR_FILE
 from lora.peft_format import from_peft
 from lora.storage import digest
 from model.minilm import minilm_tokenizer
-from train import evaluate, export, predict
+from train import export, predict
 from train.batches import encode
 from train.checkpoint import CheckpointError
 from train.cli import main
@@ -444,51 +443,48 @@ def test_a_recipe_name_of_300_characters_is_an_error():
 # --- streams -----------------------------------------------------------------------------------------
 
 
-def command(*words, **options):
-    """Runs `python -m train.…` as a user would, in the C locale with ASCII streams."""
+def start(*words, **options):
+    """Starts `python -m train.…` as a user would, in the C locale with ASCII streams."""
     environment = {**os.environ, "LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-m", *words], env=environment, check=False, timeout=120,
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
-    )  # fmt: skip
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-m", *words], env=environment, **{**streams, **options})
 
 
-def test_predict_with_odd_streams(run):
-    done = command("train.predict", str(run), "--json", input="émigré £5\n".encode())
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["text"] == "émigré £5"
-    done = command("train.predict", str(run), input=b"caf\xe9\n")
-    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
-    assert b"not UTF-8" in done.stderr
-    done = command("train.predict", str(run), b"caf\xe9")
-    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
-    with Path("/dev/full").open("w") as full:
-        done = command("train.predict", str(run), "a text", stdout=full)
-    assert (done.returncode, done.stderr.count(b"\n")) == (2, 1)
-    assert b"No space left" in done.stderr
+def test_odd_streams(run, recipe, tmp_path):
+    """One line on stderr and exit code 2, or a clean end if only the reader has gone."""
+    (tmp_path / "tiny.toml").write_text(dataclasses.replace(recipe, epochs=1).to_toml())
+    (tmp_path / "utf8").write_text("émigré £5\n", encoding="utf-8")
+    (tmp_path / "latin1").write_bytes(b"caf\xe9\n")
+    read, write = os.pipe()
+    os.close(read)
+    with (
+        (tmp_path / "utf8").open() as utf8,
+        (tmp_path / "latin1").open() as latin1,
+        Path("/dev/full").open("w") as full,
+        os.fdopen(write, "w") as gone,
+    ):
+        training = ("train", "--recipe", str(tmp_path / "tiny.toml"), "--output", str(tmp_path / "run"))
+        started = {
+            "utf8": start("train.predict", str(run), "--json", stdin=utf8),
+            "not utf8": start("train.predict", str(run), stdin=latin1),
+            "full": start("train.predict", str(run), "a text", stdout=full),
+            "no reader": start("train.evaluate", str(run), stdout=gone),
+            "no reader of the log": start(*training, stdout=gone, stderr=gone),
+        }
+        outputs = {name: process.communicate(timeout=120) for name, process in started.items()}
+    codes = {name: process.returncode for name, process in started.items()}
+    assert codes == {"utf8": 0, "not utf8": 2, "full": 2, "no reader": 0, "no reader of the log": 0}
+    assert json.loads(outputs["utf8"][0])["text"] == "émigré £5"
+    for name, words in (("not utf8", b"not UTF-8"), ("full", b"No space left")):
+        assert words in outputs[name][1]
+        assert outputs[name][1].count(b"\n") == 1
+    assert outputs["no reader"][1] == b""
+    assert content(tmp_path / "run")[1]["test_accuracy"] >= 0
 
 
-def test_closed_streams(run, monkeypatch, capsys):
+def test_arguments_and_a_closed_stdin(run, monkeypatch, capsys):
+    assert predict.main([str(run), "caf\udce9"]) == 2
+    assert "not UTF-8" in capsys.readouterr().err
     monkeypatch.setattr("sys.stdin", None)
     assert predict.main([str(run)]) == 2
     assert "stdin is closed" in capsys.readouterr().err
-    read, write = os.pipe()
-    os.close(read)
-    with os.fdopen(write, "w") as gone:
-        done = command("train.evaluate", str(run), stdout=gone)
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert evaluate.main([str(run)]) == 0
-
-
-def test_a_reader_of_the_log_that_has_gone_does_not_stop_training(recipe, tmp_path):
-    (tmp_path / "tiny.toml").write_text(dataclasses.replace(recipe, epochs=1).to_toml())
-    read, write = os.pipe()
-    os.close(read)
-    words = ("train", "--recipe", str(tmp_path / "tiny.toml"), "--output", str(tmp_path / "run"))
-    with os.fdopen(write, "w") as gone:
-        done = command(*words, stdout=gone, stderr=gone)
-    assert done.returncode == 0
-    assert content(tmp_path / "run")[1]["test_accuracy"] >= 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert load_trained(tmp_path / "run")
