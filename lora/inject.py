@@ -91,8 +91,8 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
         for key, parameter in modules[name].named_parameters():
             fixed = parameter.is_inference() and not torch.is_inference_mode_enabled()
             if fixed or not (parameter.is_floating_point() or parameter.is_complex()):
-                kind = "a tensor of inference mode" if fixed else parameter.dtype
-                raise TypeError(f"modules_to_save: {name}.{key} is {kind}, which cannot train")
+                found = "a tensor of inference mode" if fixed else parameter.dtype
+                raise TypeError(f"modules_to_save: {name}.{key} is {found}, which cannot train")
     return Injection(adapted, saved)
 
 
