@@ -24,7 +24,7 @@ from bench.steps import (
 )
 from bench.tables import markdown, prose, quantity, spread
 from lora import eject, inject, load_adapter, merge, save_adapter, unmerge
-from lora.modules import lora_layers
+from lora.adapted import product_layers
 from model import load_base, speed_up
 from train.hardware import autocast, resolve_device, resolve_precision
 
@@ -129,7 +129,7 @@ def _adapted(model_name: str, device: torch.device, seed: int) -> Any:
     """With a random adapter of the size that training reaches."""
     model = _base(model_name, device)
     inject(model, CONFIG, seed)
-    randomise({name: layer.lora_B for name, layer in lora_layers(model).items()}, seed)
+    randomise({name: layer.lora_B for name, layer in product_layers(model).items()}, seed)
     return model.eval()
 
 

@@ -14,7 +14,7 @@ from bench.baselines import BASELINES, adapted_layer, installed
 from bench.steps import QUERY_VALUE, randomise
 from bench.tables import markdown
 from lora import LoraConfig, inject, merge, unmerge
-from lora.modules import lora_layers
+from lora.adapted import product_layers
 from model import load_base
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -64,7 +64,7 @@ def table(result: dict[str, Any]) -> str:
 def _ours(dtype: torch.dtype, cycles: int) -> dict[str, Any]:
     model = _model(dtype)
     inject(model, _CONFIG)
-    layers = lora_layers(model)
+    layers = product_layers(model)
     randomise({name: layer.lora_B for name, layer in layers.items()})
     weights = {name: layer.weight for name, layer in layers.items()}
     deltas = {name: layer.delta_weight() for name, layer in layers.items()}
@@ -76,9 +76,9 @@ def _baseline(kind: str, dtype: torch.dtype, cycles: int) -> dict[str, Any]:
     model = BASELINES[kind](_model(dtype), _CONFIG).eval()
     ours = _model(dtype)  # for the same initial lora_A
     inject(ours, _CONFIG)
-    layers = {name: adapted_layer(kind, model, name) for name in lora_layers(ours)}
+    layers = {name: adapted_layer(kind, model, name) for name in product_layers(ours)}
     with torch.no_grad():
-        for name, layer in lora_layers(ours).items():
+        for name, layer in product_layers(ours).items():
             layers[name].A.copy_(layer.lora_A)
     randomise({name: layer.B for name, layer in layers.items()})
     weights = {name: layer.weight for name, layer in layers.items()}

@@ -27,7 +27,7 @@ from bench.steps import (
 )
 from bench.tables import markdown, mebibytes, prose, quantity, spread
 from lora import LoRALinear, eject, inject, load_adapter, save_adapter
-from lora.modules import lora_layers
+from lora.adapted import product_layers
 from model import load_base
 from model.fast import DTYPES
 from train.hardware import resolve_device, resolve_precision
@@ -175,7 +175,7 @@ def _parity(ours: BenchModel, theirs: BenchModel) -> dict[str, float]:
     """
     pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
     with torch.no_grad():
-        for name, layer in lora_layers(ours.module).items():
+        for name, layer in product_layers(ours.module).items():
             peer = adapted_layer(theirs.name, theirs.module, name)
             layer.lora_B.normal_(
                 std=0.02, generator=torch.Generator(layer.lora_B.device).manual_seed(len(pairs))

@@ -3,6 +3,8 @@
 Read `linear.py` first, then `inject.py`.
 """
 
+import lora.conv1d
+import lora.targets  # noqa: F401
 from lora.config import LoraConfig
 from lora.eject import eject
 from lora.files import Adapter, AdapterError, load_adapter, read_adapter, save_adapter

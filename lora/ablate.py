@@ -12,11 +12,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from lora.adapted import product_layers
 from lora.anatomy import delta_svd
 from lora.interrupts import uninterrupted
 from lora.linear import LoRALinear
 from lora.merge import restoring
-from lora.modules import lora_layers
 
 
 @contextmanager
@@ -89,7 +89,7 @@ def truncated(model: nn.Module, rank: int) -> Iterator[None]:
 
 
 def _unmerged(model: nn.Module) -> dict[str, LoRALinear]:
-    layers = lora_layers(model)
+    layers = product_layers(model)
     for name, layer in layers.items():
         if layer.merged:
             raise RuntimeError(f"{name} is merged; unmerge the model first")

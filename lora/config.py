@@ -84,25 +84,22 @@ def check_rank(field_name: str, r: Any) -> None:
 
 def check_alpha(field_name: str, alpha: Any) -> None:
     """Raises TypeError or ValueError unless `alpha` is a finite positive number."""
-    _check_number(field_name, alpha)
-    if not 0 < alpha < 3.4e38:
-        raise ValueError(
-            f"{field_name}: alpha is a number above 0 and within float32, not {reprlib.repr(alpha)}"
-        )
+    if not 0 < _number(field_name, alpha) < 3.4e38:
+        shown = reprlib.repr(alpha)
+        raise ValueError(f"{field_name}: alpha is a number above 0 and within float32, not {shown}")
 
 
 def check_dropout(field_name: str, p: Any) -> None:
     """Raises TypeError or ValueError unless `p` is a probability below 1."""
-    _check_number(field_name, p)
-    if not 0 <= p < 1:
-        raise ValueError(
-            f"{field_name}: a dropout probability is at least 0 and below 1, not {reprlib.repr(p)}"
-        )
+    if not 0 <= _number(field_name, p) < 1:
+        shown = reprlib.repr(p)
+        raise ValueError(f"{field_name}: a dropout probability is at least 0 and below 1, not {shown}")
 
 
-def _check_number(field_name: str, value: Any) -> None:
+def _number(field_name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{field_name}: {value!r} is not a number")
+    return value
 
 
 def _check_regex(field_name: str, pattern: str) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from lora.inject import refuse_merged, swap
+from lora.adapted import lora_config, lora_layers
 from lora.interrupts import uninterrupted
 from lora.merge import merge as merge_model
-from lora.modules import lora_config, lora_layers
+from lora.modules import unwrap
+from lora.targets import remove_hooks
 
 
 def eject(model: nn.Module, merge: bool = False) -> None:
@@ -35,10 +36,9 @@ def eject(model: nn.Module, merge: bool = False) -> None:
         if merge:
             merge_model(model)
         linears = {layer: layer.to_linear() for layer in lora_layers(model).values()}
-        for name, module in list(model.named_modules(remove_duplicate=False)):
-            if module in linears:
-                swap(model, name, linears[module])
-            hooks = module._load_state_dict_pre_hooks
-            for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is refuse_merged]:
-                del hooks[key]
-        del model.lora_config
+        for module in list(model.modules()):
+            for name, child in module._modules.items():
+                if child in linears:
+                    setattr(module, name, linears[child])
+            remove_hooks(module)
+        del unwrap(model).lora_config

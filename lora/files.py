@@ -18,13 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora.adapted import has_adapter, lora_config, lora_layers
 from lora.config import LoraConfig
 from lora.errors import UserError
 from lora.fingerprint import FLOATS, difference, fingerprint
-from lora.inject import Injection, build_layers, find_targets, swap_in
+from lora.inject import CONVERSIONS, Injection, build_layers, find_targets, swap_in
 from lora.interrupts import uninterrupted
 from lora.linear import LoRALinear
-from lora.modules import has_adapter, lora_config, lora_layers, modules_named, modules_once
+from lora.mergeable import MergeableLinear
+from lora.modules import WRAPPERS, modules_named, modules_once, unwrap
 from lora.peft_format import from_peft, to_peft
 from lora.storage import (
     DamagedFileError,
@@ -90,6 +92,7 @@ def save_adapter(
         "metadata": _as_json(dict(metadata or {})),
     }
     fields = to_peft(config, base, task_type)
+    fields["fan_in_fan_out"] = any(layer.fan_in_fan_out for layer in layers.values())
     config_text = json.dumps(fields, indent=2, default=str) + "\n"  # unsorted: the first pattern wins
 
     folder = Path(folder)
@@ -142,7 +145,7 @@ def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
     check_base: bool = True,
-    layer: type[LoRALinear] = LoRALinear,
+    layer: type[MergeableLinear] = LoRALinear,
 ) -> Adapter:
     """Injects the folder's adapter into a base model, in place, and loads its tensors.
 
@@ -183,9 +186,8 @@ def load_adapter(
     return adapter
 
 
-def _linears(model: nn.Module, injection: Injection) -> dict[str, nn.Linear]:
-    names = (name for names in injection.adapted.values() for name in names)
-    return {name: m for name, m in modules_once(model, names).items() if isinstance(m, nn.Linear)}
+def _linears(model: nn.Module, injection: Injection) -> dict[str, Any]:
+    return modules_once(model, injection.names)
 
 
 def _saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
@@ -194,32 +196,38 @@ def _saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]
     )
 
 
-def _adapter_tensors(layers: Mapping[str, LoRALinear], saved: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def _adapter_tensors(
+    layers: Mapping[str, MergeableLinear], saved: Mapping[str, nn.Module]
+) -> dict[str, Tensor]:
     """The tensors that a folder holds, not copies: those of each adapted layer, and of each saved module."""
-    tensors = {
-        f"{name}.{key}": getattr(layer, key)
-        for name, layer in layers.items()
-        for key in layer.adapter_tensors
-    }
+    inner = {attribute for attribute in WRAPPERS.values() if attribute[0] == "_"}
+    tensors: dict[str, Tensor] = {}
+    for name, layer in layers.items():
+        tensors |= {f"{name}.{key}": tensor for key, tensor in layer.adapter_state().items()}
     for name, module in saved.items():
-        tensors |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
+        for key, tensor in module.state_dict().items():
+            parts = [part for part in key.split(".") if part not in inner]
+            tensors[".".join([name, *parts])] = tensor
     return tensors
 
 
 def _expected_tensors(
-    linears: Mapping[str, nn.Linear],
+    linears: Mapping[str, Any],
     saved: Mapping[str, nn.Module],
     config: LoraConfig,
-    layer: type[LoRALinear],
+    layer: type[MergeableLinear],
 ) -> dict[str, Tensor]:
     """The tensors that a folder must hold, with the shapes and dtypes that the model requires."""
     layers = {}
     # Without memory, however large a rank the config asks for. An interrupt must not leave the device set.
     with uninterrupted(), torch.device("meta"):
         for name, linear in linears.items():
-            bias = linear.bias is not None
-            empty = nn.Linear(linear.in_features, linear.out_features, bias, dtype=linear.weight.dtype)
-            layers[name] = layer(empty, **config.for_layer(name))
+            out_features, in_features = linear.weight.shape
+            if type(linear).__name__ in CONVERSIONS:  # of GPT-2's Conv1D the weight is transposed
+                out_features, in_features = in_features, out_features
+            empty = nn.Linear(in_features, out_features, linear.bias is not None, dtype=linear.weight.dtype)
+            make: Any = layer
+            layers[name] = make(empty, **config.for_layer(name))
     return _adapter_tensors(layers, saved)
 
 
@@ -243,7 +251,7 @@ def _check_tensors(
 def _check_base(
     model: nn.Module,
     adapter: Adapter,
-    linears: Mapping[str, nn.Linear],
+    linears: Mapping[str, Any],
     saved: Mapping[str, nn.Module],
     folder: str | os.PathLike[str],
 ) -> None:
@@ -255,7 +263,7 @@ def _check_base(
                 "check_base=False skips this check)"
             )
         return
-    own = getattr(getattr(model, "config", None), "name_or_path", "")  # transformers' models have one
+    own = getattr(getattr(unwrap(model), "config", None), "name_or_path", "")  # transformers' models have one
     if adapter.base and own and adapter.base != own:
         warnings.warn(
             f"{folder}: the adapter was trained on {adapter.base!r} and the model's name is {own!r}; the "

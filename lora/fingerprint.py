@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.linear import LoRALinear
+from lora.mergeable import MergeableLinear
+from lora.modules import unique_modules, unwrap
 from lora.storage import tensor_bytes
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -27,7 +28,7 @@ _OTHER_FIELDS = {
 
 
 def fingerprint(
-    model: nn.Module, layers: Mapping[str, nn.Linear], saved: Mapping[str, nn.Module]
+    model: nn.Module, layers: Mapping[str, Any], saved: Mapping[str, nn.Module]
 ) -> dict[str, Any]:
     """The fingerprint of the model's base: everything but the adapters and the `saved` modules."""
     return {
@@ -40,7 +41,7 @@ def fingerprint(
 def difference(
     expected: Mapping[str, Any],
     model: nn.Module,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Any],
     saved: Mapping[str, nn.Module],
 ) -> str:
     """How the model differs from the base with the fingerprint `expected`; empty if it does not."""
@@ -60,7 +61,7 @@ def difference(
 
 def config_fields(model: nn.Module) -> dict[str, Any]:
     """The fields of a transformers model's config that change its outputs; empty for other models."""
-    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    to_dict = getattr(getattr(unwrap(model), "config", None), "to_dict", None)
     fields = to_dict() if callable(to_dict) else {}
     return {
         key: value
@@ -72,23 +73,24 @@ def config_fields(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def _hash_weights(layers: Mapping[str, nn.Linear], dtype: torch.dtype) -> str:
+def _hash_weights(layers: Mapping[str, Any], dtype: torch.dtype) -> str:
     sha = hashlib.sha256()
     for name in sorted(layers):
         layer = layers[name]
         sha.update(name.encode())
-        for tensor in (layer.base_weight if isinstance(layer, LoRALinear) else layer.weight, layer.bias):
+        weight = layer.stored_weight if isinstance(layer, MergeableLinear) else layer.weight
+        for tensor in (weight, layer.bias):
             if tensor is not None:
                 sha.update(tensor_bytes(tensor.detach().to(dtype)))
     return sha.hexdigest()
 
 
 def _hash_rest(
-    model: nn.Module, layers: Mapping[str, nn.Module], saved: Mapping[str, nn.Module], dtype: torch.dtype
+    model: nn.Module, layers: Mapping[str, Any], saved: Mapping[str, nn.Module], dtype: torch.dtype
 ) -> str:
     elsewhere = {id(module) for other in (*layers.values(), *saved.values()) for module in other.modules()}
     sha = hashlib.sha256()
-    for name, module in model.named_modules():
+    for name, module in unique_modules(model).items():
         if id(module) in elsewhere:
             continue
         for key, tensor in module.named_parameters(recurse=False):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from lora.config import LoraConfig
 from lora.interrupts import uninterrupted
 from lora.linear import LoRALinear
 from lora.mergeable import MergeableLinear
-from lora.modules import ends_with, has_adapter, modules_once, train_only
+from lora.modules import ends_with, modules_once, named_modules, train_only, unwrap
 
 
 @dataclass(frozen=True)
@@ -27,14 +29,27 @@ class Injection:
     adapted: dict[str, tuple[str, ...]]
     saved: dict[str, tuple[str, ...]]
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all modules to adapt."""
+        return [name for names in self.adapted.values() for name in names]
+
     def __str__(self) -> str:
         lines = [f"LoRA on {pattern!r}: {_summary(names)}" for pattern, names in self.adapted.items()]
         lines += [f"trained in full, {pattern!r}: {_summary(names)}" for pattern, names in self.saved.items()]
         return "\n".join(lines)
 
 
+# Filled by lora/targets.py and lora/conv1d.py, which know torch's and transformers' modules:
+SPECIAL_TARGETS: dict[str, Callable[[nn.Module], list[str]]] = {}  # "all-linear": the names to adapt
+CHECKS: list[Callable[[nn.Module, Injection], None]] = []  # raise if a module cannot be adapted
+# By the name of a class that is no nn.Linear but computes W·x + b: makes a layer class one that adapts it.
+CONVERSIONS: dict[str, Callable[[type[MergeableLinear]], type[MergeableLinear]]] = {}
+AFTER_SWAP: list[Callable[[nn.Module], None]] = []  # change modules around the adapted ones
+
+
 def inject(
-    model: nn.Module, config: LoraConfig, seed: int = 0, layer: type[LoRALinear] = LoRALinear
+    model: nn.Module, config: LoraConfig, seed: int = 0, layer: type[MergeableLinear] = LoRALinear
 ) -> Injection:
     """Replaces every nn.Linear that `config.target_modules` matches by a `layer`, in place.
 
@@ -43,13 +58,14 @@ def inject(
     The model keeps the config as `model.lora_config`, for `save_adapter`.
 
     Outputs in eval mode stay the same bit for bit, because lora_B starts at zero. Two exceptions: adding
-    zero turns -0.0 into 0.0, and an A·x that overflows gives NaN. layer: LoRALinear or a subclass of it.
+    zero turns -0.0 into 0.0, and an A·x that overflows gives NaN. layer: LoRALinear, or another subclass of
+    MergeableLinear with the same constructor; `check_layer` tests one.
 
     Raises RuntimeError if the model has an adapter, ValueError if a pattern matches nothing, TypeError if
     it matches a module that cannot be adapted, or if a module in modules_to_save cannot train. The model
     is then unchanged. A signal, such as Ctrl-C, takes effect before or after the change.
     """
-    if has_adapter(model):
+    if any(isinstance(module, MergeableLinear) for module in model.modules()):
         raise RuntimeError("the model has an adapter already; eject it first")
     injection = find_targets(model, config)
     _refuse_unmatched(model, "target_modules", injection.adapted)
@@ -67,49 +83,40 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
     Raises TypeError if a module cannot be adapted, or if one in modules_to_save cannot train.
     """
     targets = config.target_modules
-    modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
+    modules = {name: module for name, module in named_modules(model) if name}
     saved = {p: tuple(name for name in modules if ends_with(name, p)) for p in config.modules_to_save}
     inside_saved = tuple(f"{name}." for matched in saved.values() for name in matched)
 
     adapted: dict[str, tuple[str, ...]] = {}
     for pattern in (targets,) if isinstance(targets, str) else targets:
-        if isinstance(targets, str):
+        if pattern in SPECIAL_TARGETS:
+            matched = SPECIAL_TARGETS[pattern](model)
+        elif isinstance(targets, str):
             matched = [name for name in modules if re.fullmatch(targets, name)]
         else:
             matched = [name for name in modules if ends_with(name, pattern)]
         adapted[pattern] = tuple(name for name in matched if not f"{name}.".startswith(inside_saved))
-        for name in adapted[pattern]:
-            kind, where = type(modules[name]), f"target_modules: {pattern!r} matches {name}"
-            # Other subclasses may never be called, or compute something else than W·x + b.
-            if kind is not nn.Linear and not (issubclass(kind, nn.Linear) and hasattr(kind, "on_inject")):
-                raise TypeError(f"{where}, which is a {kind.__name__}, not a Linear")
-            if not isinstance(modules[name].weight, nn.Parameter):
-                raise TypeError(f"{where}, whose weight is not a Parameter (pruned?)")
-            if "forward" in vars(modules[name]):
-                raise TypeError(f"{where}, whose forward is patched; the patch would be lost")
-    for name in sorted({name for matched in saved.values() for name in matched}):
-        for key, parameter in modules[name].named_parameters():
-            fixed = parameter.is_inference() and not torch.is_inference_mode_enabled()
-            if fixed or not (parameter.is_floating_point() or parameter.is_complex()):
-                found = "a tensor of inference mode" if fixed else parameter.dtype
-                raise TypeError(f"modules_to_save: {name}.{key} is {found}, which cannot train")
-    return Injection(adapted, saved)
+    injection = Injection(adapted, saved)
+    for check in CHECKS:
+        check(model, injection)
+    return injection
 
 
 def build_layers(
-    model: nn.Module, config: LoraConfig, injection: Injection, layer: type[LoRALinear], seed: int
-) -> dict[nn.Module, LoRALinear]:
+    model: nn.Module, config: LoraConfig, injection: Injection, layer: type[MergeableLinear], seed: int
+) -> dict[nn.Module, MergeableLinear]:
     """The adapted layer of each Linear in `injection.adapted`.
 
     The model is unchanged, except that these Linears are frozen; on an exception they are not.
     """
-    names = [name for matched in injection.adapted.values() for name in matched]
-    layers: dict[nn.Module, LoRALinear] = {}
+    layers: dict[nn.Module, MergeableLinear] = {}
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        for name, linear in modules_once(model, names).items():
+        for name, linear in modules_once(model, injection.names).items():
             generator = torch.Generator().manual_seed(derived_seed(seed, name))
-            layers[linear] = layer(linear, **config.for_layer(name), generator=generator)  # type: ignore[arg-type]
+            convert = CONVERSIONS.get(type(linear).__name__)
+            kind: Any = convert(layer) if convert else layer
+            layers[linear] = kind(linear, **config.for_layer(name), generator=generator)
             if hasattr(linear, "on_inject"):  # a Linear that was changed in place passes the change on
                 linear.on_inject(layers[linear])  # type: ignore[operator]
     except BaseException:
@@ -120,34 +127,28 @@ def build_layers(
 
 
 def swap_in(
-    model: nn.Module, config: LoraConfig, injection: Injection, layers: dict[nn.Module, LoRALinear]
+    model: nn.Module, config: LoraConfig, injection: Injection, layers: dict[nn.Module, MergeableLinear]
 ) -> None:
     """Replaces the Linears by their layers and sets which parameters train, as `inject` describes."""
-    names = [name for matched in injection.adapted.values() for name in matched]
-    for name, layer in {name: layers[model.get_submodule(name)] for name in names}.items():
-        swap(model, name, layer)
+    modules = dict(named_modules(model))
+    for name in injection.names:
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, layers[modules[name]])
     train_only(model, config.modules_to_save)
     for layer in layers.values():
-        for tensor_name in layer.trained_tensors:
-            getattr(layer, tensor_name).requires_grad_(True)
-    parents = {".".join(name.split(".")[:depth]) for name in names for depth in range(name.count(".") + 2)}
-    for module in {model.get_submodule(parent) for parent in parents}:
-        module.register_load_state_dict_pre_hook(refuse_merged)  # type: ignore[no-untyped-call]
-    model.lora_config = config  # type: ignore[assignment]
-
-
-def refuse_merged(module: nn.Module, _state_dict: Any, prefix: str, *_: Any) -> None:
-    """Hook of every module around an adapted layer, so that load_state_dict raises before it writes."""
-    for name, child in module.named_modules(prefix=prefix.rstrip(".")):
-        if isinstance(child, MergeableLinear) and child.merged:
-            raise RuntimeError(f"{name or 'the layer'}: load_state_dict into a merged layer; unmerge first")
+        for name, tensor in layer.adapter_state().items():
+            tensor.requires_grad_(name in layer.trained_tensors)
+    for change in AFTER_SWAP:
+        change(model)
+    if config.target_modules in SPECIAL_TARGETS:  # a file names the layers, so that PEFT adapts the same
+        config = dataclasses.replace(config, target_modules=tuple(injection.names))
+    unwrap(model).lora_config = config  # type: ignore[assignment]
 
 
 def _refuse_unmatched(model: nn.Module, field: str, matches: dict[str, tuple[str, ...]]) -> None:
-    linears = (name for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    known = sorted({name.rpartition(".")[2] for name in linears})
+    known = sorted({name.rpartition(".")[2] for name, m in named_modules(model) if isinstance(m, nn.Linear)})
     if field == "modules_to_save":
-        known = [name for name, _ in model.named_children()]
+        known = [name for name, _ in unwrap(model).named_children()]
     for pattern, names in matches.items():
         if not names:
             raise ValueError(f"{field}: {pattern!r} matches no module; names end with {', '.join(known)}")
@@ -157,12 +158,6 @@ def derived_seed(*parts: object) -> int:
     """A seed that depends on the parts alone: 63 bits of the SHA-256 of their text."""
     digest = hashlib.sha256(":".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
-
-
-def swap(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Puts `module` in the place of the module called `name`."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _summary(names: tuple[str, ...]) -> str:

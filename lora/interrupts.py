@@ -1,8 +1,4 @@
-"""Ctrl-C at any moment: changes that a signal cannot split.
-
-Python runs signal handlers between bytecodes of the main thread, so a KeyboardInterrupt can occur inside
-any function of the library, in the middle of a change.
-"""
+"""Changes that a signal cannot split: Python runs signal handlers between any two bytecodes."""
 
 from __future__ import annotations
 

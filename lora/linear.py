@@ -39,6 +39,7 @@ class LoRALinear(MergeableLinear):
 
     adapter_tensors = ("lora_A", "lora_B")
     trained_tensors = ("lora_A", "lora_B")
+    watched_settings = ("scaling",)
 
     def __init__(
         self,

@@ -21,9 +21,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from lora.adapted import lora_layers
 from lora.interrupts import uninterrupted
-from lora.linear import LoRALinear
-from lora.modules import lora_layers
+from lora.mergeable import MergeableLinear
+from lora.modules import unique_modules
 
 
 def merge(model: nn.Module) -> None:
@@ -88,10 +89,10 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
-def _refuse_shared(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
+def _refuse_shared(model: nn.Module, layers: dict[str, MergeableLinear]) -> None:
     """Merging writes to the weight in place, so it would change every tensor in the same memory."""
     spans: list[tuple[str, int, int, str, Tensor]] = []  # device, first and last byte, name, tensor
-    for name, module in model.named_modules():
+    for name, module in unique_modules(model).items():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
             if (
                 tensor is not None
@@ -118,9 +119,9 @@ def _refuse_shared(model: nn.Module, layers: dict[str, LoRALinear]) -> None:
             widest = span
 
 
-def _merge_all(layers: dict[str, LoRALinear]) -> None:
+def _merge_all(layers: dict[str, MergeableLinear]) -> None:
     with uninterrupted():
-        started: list[LoRALinear] = []
+        started: list[MergeableLinear] = []
         try:
             for name, layer in layers.items():
                 try:
@@ -137,7 +138,7 @@ def _merge_all(layers: dict[str, LoRALinear]) -> None:
 
 
 @contextmanager
-def _restored(layers: dict[str, LoRALinear]) -> Iterator[None]:
+def _restored(layers: dict[str, MergeableLinear]) -> Iterator[None]:
     """Context that restores on exit which layers are merged and which are enabled."""
     before = {name: (layer.merged, layer.enabled) for name, layer in layers.items()}
 
@@ -152,14 +153,14 @@ def _restored(layers: dict[str, LoRALinear]) -> Iterator[None]:
         yield
 
 
-_threads: weakref.WeakKeyDictionary[LoRALinear, int] = weakref.WeakKeyDictionary()
+_threads: weakref.WeakKeyDictionary[MergeableLinear, int] = weakref.WeakKeyDictionary()
 _threads_lock = threading.Lock()
 
 
 @contextmanager
-def _one_thread(layers: dict[str, LoRALinear]) -> Iterator[None]:
+def _one_thread(layers: dict[str, MergeableLinear]) -> Iterator[None]:
     """Context that only one thread at a time can enter for a layer, any number of times."""
-    entered: list[LoRALinear] = []
+    entered: list[MergeableLinear] = []
 
     def leave() -> None:
         for layer in entered:

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -37,6 +38,7 @@ class MergeableLinear(nn.Linear):
     adapter_tensors: names of the parameters and buffers that make up the adapter. They are saved, loaded,
         and watched for changes while merged.
     trained_tensors: those of them that train. The others stay frozen.
+    watched_settings: names of numbers that the merged weight depends on. They are watched too.
     merged_weight(): the weight of the merged layer, (out, in), float64, before rounding.
 
     Raises TypeError if the weight is not real and floating-point.
@@ -44,6 +46,8 @@ class MergeableLinear(nn.Linear):
 
     adapter_tensors: ClassVar[tuple[str, ...]] = ()
     trained_tensors: ClassVar[tuple[str, ...]] = ()
+    watched_settings: ClassVar[tuple[str, ...]] = ()
+    fan_in_fan_out: ClassVar[bool] = False  # whether `weight` is (in, out); PEFT's name
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a weight only to discard it
@@ -62,6 +66,7 @@ class MergeableLinear(nn.Linear):
         self._unmerged_weight: Tensor | None = None
         self._was_trainable = False
         self._merged_from: tuple[Tensor, ...] = ()
+        self._merged_settings: list[Any] = []
         self._merged_rows = torch.empty(0, dtype=torch.int64)  # the rows that are watched while merged
         self._merged_versions: tuple[tuple[int, int], ...] | None = None
 
@@ -69,15 +74,24 @@ class MergeableLinear(nn.Linear):
         """The weight of the merged layer, (out, in), float64."""
         raise NotImplementedError
 
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The adapter's tensors by name, not copies. A name may have dots, as `lora_A.weight`."""
+        return {name: attrgetter(name)(self) for name in self.adapter_tensors}
+
     @property
     def merged(self) -> bool:
         """Whether `weight` holds the merged weight. Only `merge` and `unmerge` change it."""
         return self._unmerged_weight is not None
 
     @property
+    def stored_weight(self) -> Tensor:
+        """W in the layout of `weight`, merged or not."""
+        return self.weight if self._unmerged_weight is None else self._unmerged_weight
+
+    @property
     def base_weight(self) -> Tensor:
         """W, (out, in): the weight without the adapter, merged or not."""
-        return self.weight if self._unmerged_weight is None else self._unmerged_weight
+        return self.stored_weight
 
     def check_mergeable(self) -> None:
         """Raises RuntimeError if the layer is merged or disabled, or if its weight cannot be written to."""
@@ -124,7 +138,7 @@ class MergeableLinear(nn.Linear):
             raise RuntimeError("training while merged: gradients would bypass the adapter; unmerge first")
         self._check_unchanged()
         h = super().forward(x)
-        trained = [tensor for tensor in self._adapter() if tensor.requires_grad]
+        trained = [tensor for tensor in self.adapter_state().values() if tensor.requires_grad]
         if torch.is_grad_enabled() and trained:
             h = _ForbidBackward.apply(h, *trained)  # type: ignore[no-untyped-call]
         return h
@@ -142,35 +156,37 @@ class MergeableLinear(nn.Linear):
         # The copy is made before the write, so that an interrupt between the two loses nothing.
         self._was_trainable = self.weight.requires_grad
         self._unmerged_weight = self.weight.detach().clone()
-        self.weight.requires_grad_(False).copy_(weight)
-        self._remember_merge()
-
-    def _adapter(self) -> tuple[Tensor, ...]:
-        return tuple(getattr(self, name) for name in self.adapter_tensors)
-
-    def _watched(self) -> tuple[Tensor, ...]:
-        return (*self._adapter(), self.weight.detach()[self._merged_rows])
-
-    def _versions(self) -> tuple[tuple[int, int], ...]:
-        tensors = (*self._adapter(), self.weight)
-        return tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
-
-    def _remember_merge(self) -> None:
-        change = (self.weight - self.base_weight).abs().amax(dim=1)
+        self.weight.requires_grad_(False)
+        self._write_weight(weight)
+        change = (self.weight - self._unmerged_weight).abs().amax(dim=1)
         self._merged_rows = change.topk(min(16, len(change))).indices
         self._merged_from = tuple(tensor.detach().clone() for tensor in self._watched())
-        self._merged_versions = self._versions()
+        self._merged_settings, self._merged_versions = self._settings(), self._versions()
+
+    def _write_weight(self, weight: Tensor) -> None:
+        self.weight.copy_(weight)
+
+    def _watched(self) -> tuple[Tensor, ...]:
+        return (*self.adapter_state().values(), self.weight.detach()[self._merged_rows])
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        tensors = (*self.adapter_state().values(), self.weight)
+        return tuple((id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
+
+    def _settings(self) -> list[Any]:
+        return [getattr(self, name) for name in self.watched_settings]
 
     def _check_unchanged(self) -> None:
         """Raises RuntimeError if the adapter or the merged weight has changed since the merge."""
         versions, before = self._versions(), self._merged_versions
-        trainable = any(tensor.requires_grad for tensor in self._adapter())
-        if versions == before and not trainable and self.weight.device.type != "cpu":
+        trainable = any(tensor.requires_grad for tensor in self.adapter_state().values())
+        same = versions == before and self._settings() == self._merged_settings
+        if same and not trainable and self.weight.device.type != "cpu":
             return
         values = zip(self._merged_from, self._watched(), strict=True)
         *same_adapter, same_rows = (torch.equal(then, now) for then, now in values)
-        if not all(same_adapter):
-            names = " or ".join(self.adapter_tensors)
+        if not all(same_adapter) or self._settings() != self._merged_settings:
+            names = " or ".join((*self.watched_settings, *self.adapter_tensors))
             raise RuntimeError(f"{names} changed while merged: the weight is stale; unmerge and merge again")
         # A deep copy and functional_call have other tensors, with versions of their own.
         written = before is not None and before[-1][0] == versions[-1][0] and before[-1] != versions[-1]
@@ -197,7 +213,7 @@ class MergeableLinear(nn.Linear):
             # What was stale stays stale, because the values to compare with are moved or cast alike.
             self._merged_from, self._merged_versions = tuple(map(fn, self._merged_from)), None
             if self.weight.dtype != dtype:
-                self.weight.copy_(round_to(self.merged_weight(), self.weight.dtype))
+                self._write_weight(round_to(self.merged_weight(), self.weight.dtype))
                 self._merged_from = (*self._merged_from[:-1], self._watched()[-1])
                 if not self.weight.isfinite().all():
                     warnings.warn(f"W + ΔW is not finite in {self.weight.dtype}", stacklevel=3)

@@ -1,4 +1,4 @@
-"""Walks a model's module tree: modules by name pattern, adapted layers, and which parameters train."""
+"""Walks a model's module tree: modules by name, and which parameters train."""
 
 from __future__ import annotations
 
@@ -6,34 +6,31 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from lora.config import LoraConfig
-from lora.linear import LoRALinear
+WRAPPERS: dict[str, str] = {}  # class of a wrapper: the attribute of its module (lora/targets.py fills it)
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """Every adapted layer by its dotted name, a shared layer once.
-
-    Raises RuntimeError if there is none.
-    """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
-    if not layers:
-        raise RuntimeError("the model has no adapter; inject one or load one first")
-    return layers
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside wrappers such as DistributedDataParallel, or the module itself."""
+    while attribute := WRAPPERS.get(type(module).__name__):
+        module = getattr(module, attribute)
+    return module
 
 
-def has_adapter(model: nn.Module) -> bool:
-    """Whether any layer of the model is adapted."""
-    return any(isinstance(module, LoRALinear) for module in model.modules())
+def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules by their dotted names without wrappers. A shared module comes once per name."""
+    module = unwrap(model)
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from named_modules(child, f"{prefix}.{name}" if prefix else name)
 
 
-def lora_config(model: nn.Module) -> LoraConfig:
-    """The config that `inject` was called with. Raises RuntimeError if the model has none."""
-    config = getattr(model, "lora_config", None)
-    if not isinstance(config, LoraConfig):
-        if has_adapter(model):
-            raise RuntimeError("no lora_config here; pass the module that was passed to inject()")
-        raise RuntimeError("the model has no adapter; inject one or load one first")
-    return config
+def unique_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by their names without wrappers, a shared module once by its first name."""
+    names: dict[nn.Module, str] = {}
+    for name, module in named_modules(model):
+        names.setdefault(module, name)
+    return {name: module for module, name in names.items()}
 
 
 def ends_with(name: str, pattern: str) -> bool:
@@ -43,24 +40,20 @@ def ends_with(name: str, pattern: str) -> bool:
 
 def modules_named(model: nn.Module, pattern: str) -> Iterator[tuple[str, nn.Module]]:
     """The modules whose dotted name ends with `pattern`. A shared module comes once per name."""
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model):
         if name and ends_with(name, pattern):
             yield name, module
 
 
 def modules_once(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
     """The modules with these names, in the model's order, a shared module once by its first name."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-
-    def slot(name: str) -> tuple[nn.Module, str]:  # where the module is an attribute
-        parent, _, child = name.rpartition(".")
-        return modules[parent], child
-
-    slots = {slot(name) for name in names}
+    modules = dict(named_modules(model))
+    slots = {name: (modules[name.rpartition(".")[0]], name.rpartition(".")[2]) for name in modules if name}
+    wanted = {slots[name] for name in names}  # a parent and an attribute, which may have several names
     found: dict[nn.Module, str] = {}
-    for name, module in modules.items():
-        if name and slot(name) in slots:
-            found.setdefault(module, name)
+    for name, slot in slots.items():
+        if slot in wanted:
+            found.setdefault(modules[name], name)
     return {name: module for module, name in found.items()}
 
 

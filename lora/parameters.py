@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
-from lora.modules import has_adapter, lora_config, lora_layers, modules_named
+from lora.adapted import has_adapter, lora_config, lora_layers
+from lora.modules import modules_named
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,10 @@ def count_parameters(model: nn.Module, head: Sequence[str] = ()) -> ParameterCou
     head: names of the newly initialised modules, matched as modules_to_save is. For a model with an
     adapter the default is its config's modules_to_save.
     """
-    lora: set[nn.Parameter] = set()
+    lora: set[Tensor] = set()
     if has_adapter(model):
-        lora = {getattr(layer, key) for layer in lora_layers(model).values() for key in layer.trained_tensors}
+        for layer in lora_layers(model).values():
+            lora |= {tensor for key, tensor in layer.adapter_state().items() if key in layer.trained_tensors}
         head = head or lora_config(model).modules_to_save
     heads = {p for name in head for _, module in modules_named(model, name) for p in module.parameters()}
     counts = dict.fromkeys(("lora", "head", "base", "frozen"), 0)

@@ -14,6 +14,7 @@ from conftest import randomise_adapter
 
 from lora import inject, merge
 from lora.ablate import enable_only, scaled, truncated
+from lora.adapted import lora_layers
 from lora.anatomy import (
     amplification,
     captured_energy,
@@ -32,7 +33,6 @@ from lora.anatomy import (
     subspace_similarity,
     svd,
 )
-from lora.modules import lora_layers
 
 OUT, IN = 20, 30
 

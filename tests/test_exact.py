@@ -15,7 +15,7 @@ from conftest import randomise_adapter, tiny_roberta
 from torch import nn
 
 from lora import LoRALinear, inject, load_adapter, merge, merged, save_adapter, unmerge
-from lora.modules import lora_layers
+from lora.adapted import lora_layers
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 U64 = Fraction(1, 2**53)

@@ -17,10 +17,10 @@ from transformers import RobertaForTokenClassification
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lora import LoRALinear, eject, inject, merge, unmerge
+from lora.adapted import lora_layers
 from lora.fast import FastLinear, FastLoRALinear, copy_bytes, fuse
 from lora.fast.dropout import _LOW_15, _mix, draw_keep, pack, unpack, zero_dropped
 from lora.fast.function import cast_shared, lora_linear
-from lora.modules import lora_layers
 from model import speed_up
 from model.fast import FastDropout, fast_attention
 

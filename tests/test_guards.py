@@ -12,10 +12,10 @@ from torch.func import functional_call
 from torch.nn.utils import parametrizations, prune
 
 from lora import LoraConfig, LoRALinear, disabled, eject, inject, merge, merged, unmerge
+from lora.adapted import lora_layers
 from lora.fast import FastLinear, fuse
 from lora.fast.dropout import draw_keep
 from lora.fast.function import cast_shared
-from lora.modules import lora_layers
 from lora.rounding import round_to
 
 

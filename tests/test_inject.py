@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from lora import LoraConfig, LoRALinear, eject, inject
-from lora.modules import lora_layers
+from lora.adapted import lora_layers
 
 LAYER = "roberta.encoder.layer"
 

@@ -16,8 +16,8 @@ from conftest import randomise_adapter, tiny_roberta
 
 from lora import LoraConfig, disabled, eject, inject, load_adapter, merge, merged, save_adapter, unmerge
 from lora.ablate import enable_only, scaled, truncated
+from lora.adapted import has_adapter, lora_layers
 from lora.interrupts import uninterrupted
-from lora.modules import has_adapter, lora_layers
 
 CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules=("query", "value"), modules_to_save=("classifier",))
 IDS = torch.arange(3, 33).reshape(3, 10)

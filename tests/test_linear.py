@@ -7,7 +7,7 @@ from conftest import randomise_adapter, tiny_roberta
 from torch import nn
 
 from lora import LoraConfig, LoRALinear, inject
-from lora.modules import lora_layers
+from lora.adapted import lora_layers
 
 
 def make_layer(dtype: torch.dtype = torch.float32, **settings: object) -> LoRALinear:

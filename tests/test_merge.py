@@ -8,7 +8,7 @@ from conftest import randomise_adapter
 from torch import nn
 
 from lora import LoRALinear, disabled, eject, inject, merge, merged, unmerge
-from lora.modules import lora_layers
+from lora.adapted import lora_layers
 
 
 @pytest.fixture

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from lora import count_parameters, eject, inject, save_adapter
-from lora.modules import lora_layers, train_only
+from lora.adapted import lora_layers
+from lora.modules import train_only
 from model import load_base
 from train.config import load_recipe, parse_setting
 

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from conftest import content, randomise_adapter
 
 from lora import inject
+from lora.adapted import lora_layers
 from lora.anatomy import effective_rank
-from lora.modules import lora_layers
 from model import load_base
 from train.batches import collate, encode
 from train.data import load_news

@@ -25,8 +25,8 @@ from lora import (
     save_adapter,
     unmerge,
 )
+from lora.adapted import lora_layers
 from lora.fast import fuse
-from lora.modules import lora_layers
 from train.telemetry import Telemetry
 
 

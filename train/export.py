@@ -12,7 +12,7 @@ from pathlib import Path
 import safetensors
 
 from lora import eject
-from lora.modules import has_adapter
+from lora.adapted import has_adapter
 from train.command import run_command
 from train.runs import RunError
 from train.trained import load_trained

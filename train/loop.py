@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import get_cosine_schedule_with_warmup
 
+from lora.adapted import has_adapter
 from lora.errors import UserError
 from lora.inject import derived_seed
-from lora.modules import has_adapter
 from train.batches import Batch, Encoded, collate, epoch_batches
 from train.config import Recipe
 from train.distributed import SINGLE_PROCESS, World

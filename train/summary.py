@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lora import ParameterCount
-from lora.modules import lora_layers
+from lora.adapted import lora_layers
 from train.command import python
 from train.hardware import device_name, peak_memory_bytes
 from train.loop import Trainer

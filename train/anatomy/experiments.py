@@ -17,8 +17,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from lora.ablate import enable_only, scaled, truncated
+from lora.adapted import product_layers
 from lora.anatomy import svd
-from lora.modules import ends_with, lora_layers
+from lora.modules import ends_with
 from model import HEAD, speed_up
 from train.anatomy.run import Run, position
 from train.batches import Encoded, encode
@@ -92,7 +93,7 @@ def run_experiments(model: nn.Module, test_set: TestSet, whole: Score, report: R
 
     whole: the score of the unchanged adapter.
     """
-    names = list(lora_layers(model))
+    names = list(product_layers(model))
     blocks = _grouped(names, lambda name: str(position(name).block))
     projections = _grouped(names, lambda name: position(name).projection)
 
@@ -113,7 +114,7 @@ def run_experiments(model: nn.Module, test_set: TestSet, whole: Score, report: R
                     key: score_with(enable_only(model, group)) for key, group in groups.items()
                 }
     report("scoring ΔW truncated and scaled")
-    r = max(layer.r for layer in lora_layers(model).values())
+    r = max(layer.r for layer in product_layers(model).values())
     by_rank = {k: score_with(truncated(model, k)) for k in _ranks(r) if 0 < k < r}
     by_factor = {f: score_with(scaled(model, f)) for f in FACTORS if f not in (0, 1)} | {0.0: off, 1.0: whole}
     return {
@@ -177,7 +178,7 @@ def mistakes(
 @torch.inference_mode()
 def trace(model: nn.Module, test_set: TestSet, text: str, labels: tuple[str, ...]) -> dict[str, Any]:
     """The logits of one text with the adapter enabled in no block, the first, the first two, …, all."""
-    names = list(lora_layers(model))
+    names = list(product_layers(model))
     blocks = _grouped(names, lambda name: str(position(name).block))
     encoded = test_set.tokenizer(
         [text], truncation=True, max_length=test_set.max_length_tokens, return_tensors="pt"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lora import eject, inject, load_adapter
-from lora.modules import lora_layers
+from lora.adapted import product_layers
 from train.config import Recipe
 from train.runs import ADAPTER, RunError, check_finished, read_summary, run_recipe
 from train.trained import Trained, load_trained
@@ -121,7 +121,7 @@ def _layers(folder: Path, recipe: Recipe, trained: Trained) -> dict[str, Adapted
     # lora_A is drawn from the seed and the layer's name alone, so a fresh adapter has its initial value.
     eject(model)
     inject(model, recipe.lora_config(), seed=recipe.seed)
-    starts = {name: layer.lora_A.detach().clone() for name, layer in lora_layers(model).items()}
+    starts = {name: layer.lora_A.detach().clone() for name, layer in product_layers(model).items()}
     eject(model)
     load_adapter(model, folder / ADAPTER)
     return {
@@ -132,5 +132,5 @@ def _layers(folder: Path, recipe: Recipe, trained: Trained) -> dict[str, Adapted
             starts[name],
             layer.weight.detach(),
         )
-        for name, layer in lora_layers(model).items()
+        for name, layer in product_layers(model).items()
     }

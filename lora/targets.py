@@ -1,0 +1,182 @@
+"""What `inject` knows of torch's and transformers' modules: which layers cannot be adapted, and why.
+
+Some modules read the weight of a child instead of calling it. An adapter there would be ignored without an
+error, so these layers are refused, or their parent is made to call them.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lora.inject import AFTER_SWAP, CHECKS, CONVERSIONS, SPECIAL_TARGETS, Injection
+from lora.mergeable import MergeableLinear
+from lora.modules import WRAPPERS, named_modules, unwrap
+
+# Attributes of a weight that say nothing of its values.
+_HARMLESS = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad", "is_cuda"}
+# Methods that set up a module, not called in forward.
+_SETUP = {"__init__", "_init_weights", "init_weights", "reset_parameters", "_reset_parameters", "tie_weights"}
+
+
+def check_targets(model: nn.Module, injection: Injection) -> None:
+    """Raises TypeError if a module to adapt is not a Linear that its parent calls."""
+    modules = dict(named_modules(model))
+    for pattern, names in injection.adapted.items():
+        for name in names:
+            module, where = modules[name], f"target_modules: {pattern!r} matches {name}"
+            kind = type(module)
+            # Other subclasses may never be called, or compute something else than W·x + b.
+            if not (kind is nn.Linear or hasattr(kind, "on_inject") or kind.__name__ in CONVERSIONS):
+                raise TypeError(f"{where}, which is a {kind.__name__}, not a Linear")
+            weight = module._parameters.get("weight")
+            if weight is None:
+                raise TypeError(f"{where}, whose weight is not a Parameter (pruned?)")
+            if weight.ndim != 2 or type(weight.data) is not torch.Tensor:
+                raise TypeError(f"{where}, whose weight is sharded; inject before FSDP wraps the model")
+            if "forward" in vars(module):
+                raise TypeError(f"{where}, whose forward is patched; the patch would be lost")
+            parent, _, child = name.rpartition(".")
+            kind = type(modules[parent])
+            ignored = child in weights_read_by(kind)  # type: ignore[arg-type]  # mypy takes classes as unhashable
+            if ignored and not issubclass(kind, nn.TransformerEncoderLayer):
+                raise TypeError(
+                    f"{where}, but {kind.__name__} reads {child}.weight without calling {child}, so that an"
+                    " adapter would be ignored; choose other target_modules"
+                )
+
+
+def check_saved(model: nn.Module, injection: Injection) -> None:
+    """Raises TypeError if a module in modules_to_save cannot train."""
+    modules = dict(named_modules(model))
+    for name in sorted({name for names in injection.saved.values() for name in names}):
+        for key, parameter in modules[name].named_parameters():
+            fixed = parameter.is_inference() and not torch.is_inference_mode_enabled()
+            if fixed or not (parameter.is_floating_point() or parameter.is_complex()):
+                found = "a tensor of inference mode" if fixed else parameter.dtype
+                raise TypeError(f"modules_to_save: {name}.{key} is {found}, which cannot train")
+
+
+@functools.cache
+def weights_read_by(kind: type[nn.Module]) -> frozenset[str]:
+    """The children X whose values the methods of a module class read as `self.X.weight`.
+
+    It is found in the bytecode: `F.linear(x, self.X.weight)` and the like, but not `self.X.weight.dtype` or
+    `isinstance(self.X.weight, ...)`.
+    """
+    found: set[str] = set()
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, method in vars(base).items():
+            if inspect.isfunction(method) and name not in _SETUP:
+                found |= _weights_read_in(inspect.unwrap(method).__code__)
+    return frozenset(found)
+
+
+def _weights_read_in(code: CodeType) -> set[str]:
+    found: set[str] = set()
+    for inner in code.co_consts:  # lambdas and comprehensions
+        if isinstance(inner, CodeType):
+            found |= _weights_read_in(inner)
+    steps = [step for step in dis.get_instructions(code) if step.opname not in ("NOP", "CACHE")]
+    for at, (owner, child, weight) in enumerate(zip(steps, steps[1:], steps[2:], strict=False)):
+        # Python 3.13 loads two variables in one instruction.
+        name = owner.argval[-1] if isinstance(owner.argval, tuple) and owner.argval else owner.argval
+        if (name, weight.argval) != ("self", "weight"):
+            continue
+        after = [*steps[at + 3 : at + 5], weight]
+        is_none = after[1].opname == "IS_OP" or after[0].opname.startswith("POP_JUMP")
+        is_type = at > 0 and steps[at - 1].argval == "isinstance"
+        if after[0].argval not in _HARMLESS and not is_none and not is_type:
+            found.add(child.argval)
+    return found
+
+
+def all_linear(model: nn.Module) -> list[str]:
+    """Every layer that computes W·x + b and can be adapted, except the output layer of a language model.
+
+    As in PEFT, target_modules = "all-linear".
+    """
+    get_output = getattr(unwrap(model), "get_output_embeddings", None)
+    output = get_output() if callable(get_output) else None
+    modules = dict(named_modules(model))
+    return [
+        name
+        for name, module in modules.items()
+        if (type(module) is nn.Linear or hasattr(module, "on_inject") or type(module).__name__ in CONVERSIONS)
+        and module is not output
+        and name
+    ]
+
+
+def call_layers(model: nn.Module) -> None:
+    """Makes every nn.TransformerEncoderLayer call its adapted layers in eval mode too.
+
+    Its fused kernel reads the weights of linear1 and linear2. It is not used where a module has a hook.
+    """
+    for _, module in named_modules(model):
+        adapted = any(isinstance(child, MergeableLinear) for child in module._modules.values())
+        if isinstance(module, nn.TransformerEncoderLayer) and adapted:
+            module.register_forward_pre_hook(use_separate_layers)
+
+
+def use_separate_layers(_module: nn.Module, _inputs: Any) -> None:
+    """Hook that does nothing. Its presence turns the fused kernel off."""
+
+
+def guard_distributed(model: nn.Module) -> None:
+    """Makes a DistributedDataParallel that was built before the adapter refuse to train it."""
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            module.register_forward_pre_hook(refuse_training)
+
+
+def refuse_training(module: nn.Module, _inputs: Any) -> None:
+    """Hook of a DistributedDataParallel that knows nothing of the adapter's parameters."""
+    if module.training and torch.is_grad_enabled():
+        raise RuntimeError(
+            "the adapter was added inside DistributedDataParallel, which does not reduce its gradients; wrap"
+            " the model again"
+        )
+
+
+def guard_loading(model: nn.Module) -> None:
+    """Makes load_state_dict raise before it writes, in every module around an adapted layer."""
+    for _, module in named_modules(model):
+        if any(isinstance(inner, MergeableLinear) for inner in module.modules()):
+            module.register_load_state_dict_pre_hook(refuse_merged)  # type: ignore[no-untyped-call]
+
+
+def refuse_merged(module: nn.Module, _state_dict: Any, prefix: str, *_: Any) -> None:
+    """Hook of every module around an adapted layer, so that load_state_dict raises before it writes."""
+    for name, child in named_modules(module, prefix.rstrip(".")):
+        if isinstance(child, MergeableLinear) and child.merged:
+            raise RuntimeError(f"{name or 'the layer'}: load_state_dict into a merged layer; unmerge first")
+
+
+HOOKS = (use_separate_layers, refuse_training, refuse_merged)
+
+
+def remove_hooks(module: nn.Module) -> None:
+    """Removes the hooks that this file has registered on a module."""
+    for hooks in (module._load_state_dict_pre_hooks, module._forward_pre_hooks):
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) in HOOKS]:
+            del hooks[key]
+
+
+WRAPPERS |= {
+    "OptimizedModule": "_orig_mod",  # torch.compile
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+}
+SPECIAL_TARGETS["all-linear"] = all_linear
+CHECKS += [check_targets, check_saved]
+AFTER_SWAP += [call_layers, guard_distributed, guard_loading]
