@@ -5,12 +5,15 @@ Read `linear.py` first, then `inject.py`.
 
 import lora.conv1d
 import lora.targets  # noqa: F401
+from lora.check import check
+from lora.check_layer import check_layer
 from lora.config import LoraConfig
 from lora.eject import eject
 from lora.files import Adapter, AdapterError, load_adapter, read_adapter, save_adapter
 from lora.inject import Injection, inject
 from lora.linear import LoRALinear
 from lora.merge import disabled, merge, merged, unmerge
+from lora.mergeable import MergeableLinear
 from lora.parameters import ParameterCount, count_parameters
 
 __all__ = [
@@ -19,7 +22,10 @@ __all__ = [
     "Injection",
     "LoRALinear",
     "LoraConfig",
+    "MergeableLinear",
     "ParameterCount",
+    "check",
+    "check_layer",
     "count_parameters",
     "disabled",
     "eject",
