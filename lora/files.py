@@ -54,7 +54,8 @@ class Adapter:
 
     base: the name of the model that the adapter was trained on. tensors: by the model's own names
     (`….query.lora_A`, `classifier.dense.weight`). fingerprint: of the base (lora/fingerprint.py), empty if
-    PEFT wrote the folder. metadata: what `save_adapter` was given.
+    PEFT wrote the folder. metadata: what `save_adapter` was given. layer: the name of a class that is not the
+    library's, which the tensors need.
     """
 
     config: LoraConfig
@@ -62,6 +63,7 @@ class Adapter:
     tensors: dict[str, Tensor]
     fingerprint: dict[str, Any]
     metadata: dict[str, Any]
+    layer: str = ""
 
 
 def save_adapter(
@@ -91,6 +93,8 @@ def save_adapter(
         "fingerprint": fingerprint(model, layers, saved),
         "metadata": _as_json(dict(metadata or {})),
     }
+    if own := _own_class(next(iter(layers.values()))):
+        note["layer"] = own
     fields = to_peft(config, base, task_type)
     fields["fan_in_fan_out"] = any(layer.fan_in_fan_out for layer in layers.values())
     config_text = json.dumps(fields, indent=2, default=str) + "\n"  # unsorted: the first pattern wins
@@ -138,7 +142,8 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
             raise AdapterError(f"{path}: {name} is {tensor.dtype}, which is not supported")
         if not tensor.isfinite().all():
             raise AdapterError(f"{path}: {name} is not finite")
-    return Adapter(config, base, tensors, note.get("fingerprint", {}), note.get("metadata", {}))
+    layer = str(note.get("layer", ""))
+    return Adapter(config, base, tensors, note.get("fingerprint", {}), note.get("metadata", {}), layer)
 
 
 def load_adapter(
@@ -173,6 +178,8 @@ def load_adapter(
     if not linears:
         raise AdapterError(f"{folder}: target_modules {config.target_modules!r} match nothing in this model")
     saved = _saved_modules(model, config)
+    if adapter.layer not in ("", layer.__name__):
+        raise AdapterError(f"{folder}: trained with the class {adapter.layer}; pass it as layer=")
     _check_tensors(adapter.tensors, _expected_tensors(linears, saved, config, layer), folder)
     if check_base:
         _check_base(model, adapter, linears, saved, folder)
@@ -279,6 +286,13 @@ def _to_peft_key(name: str) -> str:
 def _from_peft_key(key: str) -> str:
     name = key.removeprefix(_PREFIX)
     return name.removesuffix(".weight") if name.endswith((".lora_A.weight", ".lora_B.weight")) else name
+
+
+def _own_class(layer: MergeableLinear) -> str:
+    """The name of the first class of a layer that is not the library's, or "" if all are."""
+    own = (kind for kind in type(layer).__mro__ if issubclass(kind, MergeableLinear))
+    kind = next(kind for kind in own if kind.__module__ not in ("lora.conv1d", "lora.fast.layers"))
+    return "" if kind.__module__.startswith("lora.") else kind.__name__
 
 
 def _as_json(value: dict[str, Any]) -> Any:

@@ -37,6 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--data", metavar="D", help="bbc, ag_news, a dataset on the hub, or a folder of CSV files"
     )
+    parser.add_argument(
+        "--layer", metavar="FILE.py:Class", help="a layer class of your own in place of LoRALinear"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE)")
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in the folder, by default with its own recipe"
@@ -50,7 +53,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _train(options: argparse.Namespace) -> int:
     changes: dict[str, Any] = dict(parse_setting(setting) for setting in options.set)
-    changes |= {key: value for key in ("model", "data") if (value := getattr(options, key)) is not None}
+    flags = {key: getattr(options, key) for key in ("model", "data", "layer")}
+    changes |= {key: value for key, value in flags.items() if value is not None}
     own = options.resume and options.recipe is None and not changes and options.output is not None
     if own and (options.output / CONFIG).is_file():
         name, recipe = recipe_name(options.output), run_recipe(options.output)

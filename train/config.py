@@ -43,6 +43,7 @@ class Recipe:
     base_dropout: float = 0.1  # RoBERTa's own, hidden and attention
     target_modules: tuple[str, ...] | str = ("query", "value")
     use_rslora: bool = False
+    layer: str = ""  # FILE.py:Class, a layer class of your own (lora/check_layer.py tests one)
 
     epochs: int = 3
     batch_size: int = 32  # rows per forward pass, over all processes
@@ -155,7 +156,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
         value = tomllib.loads(f"x = {text}")["x"]
     except (ValueError, RecursionError):
         value = text.strip()
-        if key.strip() == "target_modules":
+        if key.strip() == "target_modules" and value != "all-linear":
             value = [name.strip() for name in text.split(",")]
     return key.strip(), value
 

@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora import ParameterCount, count_parameters, inject
+from lora import ParameterCount, check_layer, count_parameters, inject
 from lora.fingerprint import config_fields
 from lora.modules import train_only
 from lora.storage import digest, write_atomically
@@ -30,6 +30,7 @@ from train.data import DataError, News, load_news
 from train.distributed import World, join_world, local_rank
 from train.hardware import device_name, resolve_device, resolve_precision, set_deterministic
 from train.inference import predict_logits
+from train.layers import layer_digest, load_layer
 from train.loop import Trainer, TrainingError
 from train.metrics import Scores
 from train.run_figures import draw_all
@@ -84,6 +85,8 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
         "tokenizer": tokenizer_digest(tokenizer),
         "precision": precision,
     }
+    if recipe.layer:
+        identity["layer class"] = layer_digest(recipe.layer)
     speed_up(model.to(device), precision)
 
     with join_world(device) as world, locked(folder) if world.is_main else contextlib.nullcontext():
@@ -117,6 +120,8 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
                 f"{len(train)} training, {len(validation)} validation, {len(test)} test articles,"
                 f" {len(news.labels)} classes\n{counts}"
             )
+            for problem in check_layer(load_layer(recipe.layer)).problems if recipe.layer else ():
+                console.say(f"{recipe.layer}: not so: {problem}")
             if resume:
                 where = f"after step {state.step}" if resumed else "at step 0: there is no checkpoint yet"
                 console.say(f"resuming {where}")
@@ -151,13 +156,14 @@ def _make_model(recipe: Recipe, news: News) -> tuple[PreTrainedModel, Any, Param
             f"max_length_tokens: {recipe.max_length_tokens}, and {recipe.model} reads {longest} at most"
         )
     if recipe.method == "lora":
+        layer = load_layer(recipe.layer)
         width = model.config.hidden_size
         if recipe.r > width:
             raise RecipeError(
                 f"r: {recipe.r:,} is more than the rank of a weight of {recipe.model}, {width:,}"
             )
         try:
-            inject(model, recipe.lora_config(), seed=recipe.seed)
+            inject(model, recipe.lora_config(), seed=recipe.seed, layer=layer)
         except (TypeError, ValueError, RuntimeError) as error:  # a pattern, or a rank too large for memory
             raise RecipeError(str(error)) from error
     elif recipe.method == "head":

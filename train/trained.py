@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora import AdapterError, load_adapter, read_adapter, save_adapter
+from lora import AdapterError, LoRALinear, MergeableLinear, load_adapter, read_adapter, save_adapter
 from lora.files import CONFIG_FILE, TENSOR_FILE
 from lora.fingerprint import config_fields
 from lora.storage import DamagedFileError, digest, read_tensors, write_tensors
 from model import load_base
 from train.batches import tokenizer_digest
 from train.config import Recipe
-from train.runs import ADAPTER, CONFIG, WEIGHTS, RunError, check_finished
+from train.layers import layer_digest, load_layer
+from train.runs import ADAPTER, CONFIG, WEIGHTS, RunError, check_finished, run_recipe
 
 _ENTRY = "run"
 
@@ -44,6 +45,8 @@ def save_trained(
     metadata: dict[str, Any] = {
         "labels": list(labels), "max_length_tokens": recipe.max_length_tokens, "seed": recipe.seed
     }  # fmt: skip
+    if recipe.layer:
+        metadata["layer"] = layer_digest(recipe.layer)
     if tokenizer is not None:
         metadata["tokenizer"] = tokenizer_digest(tokenizer)
     if recipe.method == "lora":
@@ -76,13 +79,17 @@ def _load(folder: Path) -> Trained:
         return _load_adapter_folder(folder)
     check_finished(folder)
     if (folder / ADAPTER).is_dir():
-        return _load_adapter_folder(folder / ADAPTER)
+        spec = run_recipe(folder).layer if (folder / CONFIG).is_file() else ""
+        return _load_adapter_folder(folder / ADAPTER, load_layer(spec), layer_digest(spec))
     if (folder / WEIGHTS).is_file():
         return _load_weights(folder / WEIGHTS)
     raise RunError(f"{folder}: neither a run (no {CONFIG}) nor an adapter (no {CONFIG_FILE})")
 
 
-def _load_adapter_folder(folder: Path) -> Trained:
+def _load_adapter_folder(
+    folder: Path, layer: type[MergeableLinear] = LoRALinear, source: str = ""
+) -> Trained:
+    """layer: of the run's recipe; source: the SHA-256 of its file."""
     adapter = read_adapter(folder)
     if not adapter.base:
         raise AdapterError(
@@ -95,7 +102,10 @@ def _load_adapter_folder(folder: Path) -> Trained:
     labels = tuple(note.get("labels") or (f"LABEL_{i}" for i in range(len(head))))
     seed = note.get("seed", 0)  # only a random base depends on it
     model, tokenizer = load_base(adapter.base, num_labels=len(labels), labels=labels, seed=seed)
-    load_adapter(model, folder)
+    if note.get("layer", "") != source:
+        hint = "its file has changed" if source else "name the run's folder, whose config.toml has its file"
+        raise RunError(f"{folder}: trained with a layer class of its own; {hint}")
+    load_adapter(model, folder, layer=layer)
     _check_tokenizer(tokenizer, note, folder)
     longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
     return Trained(model.eval(), tokenizer, labels, min(note.get("max_length_tokens", longest), longest))
@@ -132,7 +142,8 @@ def _load_weights(path: Path) -> Trained:
 def _checked(note: dict[str, Any], path: Path) -> dict[str, Any]:
     """The note of a file. Raises RunError if a value has another type than this project writes."""
     kinds = {
-        "labels": list, "max_length_tokens": int, "seed": int, "model": str, "config": dict, "tokenizer": str
+        "labels": list, "max_length_tokens": int, "seed": int, "model": str, "config": dict,
+        "tokenizer": str, "layer": str,
     }  # fmt: skip
     for key, kind in kinds.items():
         if key in note and not isinstance(note[key], kind):
