@@ -32,6 +32,7 @@ from lora.storage import (
     DamagedFileError,
     read_tensors,
     sync_folder,
+    whole,
     write_atomically,
     write_tensors,
 )
@@ -85,6 +86,7 @@ def save_adapter(
     config, layers = lora_config(model), lora_layers(model)
     saved = _saved_modules(model, config)
     tensors = _adapter_tensors(layers, saved)
+    tensors = {name: whole(tensor) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{name} is not finite; such an adapter is not saved")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lora.mergeable import MergeableLinear
 from lora.modules import unique_modules, unwrap
-from lora.storage import tensor_bytes
+from lora.storage import tensor_bytes, whole
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Fields of a transformers config that do not change the outputs in eval mode, or differ between versions.
@@ -102,7 +102,8 @@ def _hash_rest(
 
 def sample_rows(tensor: Tensor) -> Tensor:
     """About 16 rows of a matrix, or all of a vector, (k, columns)."""
-    rows = tensor.detach().reshape(-1, tensor.shape[-1]) if tensor.ndim else tensor.detach().reshape(1, 1)
+    tensor = whole(tensor).detach()
+    rows = tensor.reshape(-1, tensor.shape[-1]) if tensor.ndim else tensor.reshape(1, 1)
     return rows[:: max(1, len(rows) // 16)]
 
 

@@ -94,6 +94,8 @@ def _refuse_shared(model: nn.Module, layers: dict[str, MergeableLinear]) -> None
     spans: list[tuple[str, int, int, str, Tensor]] = []  # device, first and last byte, name, tensor
     for name, module in unique_modules(model).items():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if isinstance(module, MergeableLinear) and hasattr(tensor, "full_tensor"):
+                raise RuntimeError(f"{name}.{key} is sharded by FSDP; merge before, or in an unwrapped model")
             if (
                 tensor is not None
                 and tensor.numel()

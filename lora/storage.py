@@ -112,6 +112,12 @@ def digest(tensors: Mapping[str, Tensor], note: Mapping[str, Any]) -> str:
     return sha.hexdigest()
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor itself, or all of one that FSDP has sharded; every process must then call this."""
+    full = getattr(tensor, "full_tensor", None)
+    return full() if full else tensor
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor as bytes, copied to the CPU if necessary, for hashing."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return whole(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -54,8 +54,17 @@ def check_targets(model: nn.Module, injection: Injection) -> None:
 
 
 def check_saved(model: nn.Module, injection: Injection) -> None:
-    """Raises TypeError if a module in modules_to_save cannot train."""
+    """Raises TypeError if a module in modules_to_save cannot train, ValueError if PEFT would match others."""
     modules = dict(named_modules(model))
+    saved = {name for names in injection.saved.values() for name in names}
+    for pattern in injection.saved:
+        for name in modules:
+            inside = any(name == each or name.startswith(f"{each}.") for each in saved)
+            if name.endswith(pattern) and not inside:
+                raise ValueError(
+                    f"modules_to_save: PEFT compares the ends of names, where {pattern!r} matches {name} too;"
+                    " add it, or choose another name"
+                )
     for name in sorted({name for names in injection.saved.values() for name in names}):
         for key, parameter in modules[name].named_parameters():
             fixed = parameter.is_inference() and not torch.is_inference_mode_enabled()
@@ -106,13 +115,18 @@ def all_linear(model: nn.Module) -> list[str]:
     get_output = getattr(unwrap(model), "get_output_embeddings", None)
     output = get_output() if callable(get_output) else None
     modules = dict(named_modules(model))
-    return [
+    found = [
         name
         for name, module in modules.items()
         if (type(module) is nn.Linear or hasattr(module, "on_inject") or type(module).__name__ in CONVERSIONS)
         and module is not output
         and name
     ]
+    other = [name for name, m in modules.items() if isinstance(m, nn.Linear) and m is not output]
+    if other and not found:
+        kind = type(modules[other[0]]).__name__
+        raise TypeError(f"target_modules: 'all-linear' finds no Linear: {other[0]} is a {kind}")
+    return found
 
 
 def call_layers(model: nn.Module) -> None:
