@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lora.config import LoraConfig
 from lora.errors import UserError
 from lora.fingerprint import FLOATS, difference, fingerprint
-from lora.inject import Injection, build_layers, find_targets, swap_in
+from lora.inject import Injection, build_layers, find_targets, swap_in, unchanged_on_error
 from lora.interrupts import uninterrupted
 from lora.linear import LoRALinear
 from lora.modules import has_adapter, lora_config, lora_layers, modules_named, modules_once
@@ -174,7 +174,7 @@ def load_adapter(
     if check_base:
         _check_base(model, adapter, linears, saved, folder)
 
-    with uninterrupted(), torch.no_grad():
+    with uninterrupted(), unchanged_on_error(model), torch.no_grad():
         layers = build_layers(model, config, injection, layer, seed=0)
         named = {name: layers[linear] for name, linear in linears.items()}
         for name, tensor in _adapter_tensors(named, saved).items():

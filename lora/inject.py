@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import nn
 from lora.config import LoraConfig
 from lora.interrupts import uninterrupted
 from lora.linear import LoRALinear
-from lora.mergeable import MergeableLinear
+from lora.mergeable import MergeableLinear, why_not_writable
 from lora.modules import ends_with, has_adapter, modules_once, train_only
 
 
@@ -54,9 +56,26 @@ def inject(
     injection = find_targets(model, config)
     _refuse_unmatched(model, "target_modules", injection.adapted)
     _refuse_unmatched(model, "modules_to_save", injection.saved)
-    with uninterrupted():
+    with uninterrupted(), unchanged_on_error(model):
         swap_in(model, config, injection, build_layers(model, config, injection, layer, seed))
     return injection
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Context that on an exception restores the module tree and which parameters train."""
+    children = {module: dict(module._modules) for module in model.modules()}
+    trainable = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    try:
+        yield
+    except BaseException:
+        for module, before in children.items():
+            module._modules.clear()
+            module._modules.update(before)
+        for parameter in model.parameters():
+            parameter.requires_grad_(parameter in trainable)
+        vars(model).pop("lora_config", None)
+        raise
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
@@ -87,11 +106,24 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
                 raise TypeError(f"{where}, whose weight is not a Parameter (pruned?)")
             if "forward" in vars(modules[name]):
                 raise TypeError(f"{where}, whose forward is patched; the patch would be lost")
+            tensors = (*modules[name].named_parameters(), *modules[name].named_buffers())
+            extra = {key for key, _ in tensors} - {"weight", "bias"}
+            if extra:
+                raise TypeError(f"{where}, which holds {min(extra)} too; it would be lost")
+            parent = modules.get(name.rpartition(".")[0], model)
+            if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+                raise TypeError(
+                    f"{where}, which a {type(parent).__name__} does not call in eval mode; call "
+                    "torch.backends.mha.set_fastpath_enabled(False) first"
+                )
     for name in sorted({name for matched in saved.values() for name in matched}):
+        for key in modules[name].state_dict():
+            if key.endswith("_extra_state"):
+                raise TypeError(f"modules_to_save: {name}.{key} is not a tensor, so it cannot be saved")
         for key, parameter in modules[name].named_parameters():
-            fixed = parameter.is_inference() and not torch.is_inference_mode_enabled()
-            if fixed or not (parameter.is_floating_point() or parameter.is_complex()):
-                found = "a tensor of inference mode" if fixed else parameter.dtype
+            reason = why_not_writable(parameter)
+            if reason or not (parameter.is_floating_point() or parameter.is_complex()):
+                found = reason or parameter.dtype
                 raise TypeError(f"modules_to_save: {name}.{key} is {found}, which cannot train")
     return Injection(adapted, saved)
 
@@ -99,23 +131,14 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
 def build_layers(
     model: nn.Module, config: LoraConfig, injection: Injection, layer: type[LoRALinear], seed: int
 ) -> dict[nn.Module, LoRALinear]:
-    """The adapted layer of each Linear in `injection.adapted`.
-
-    The model is unchanged, except that these Linears are frozen; on an exception they are not.
-    """
+    """The adapted layer of each Linear in `injection.adapted`. These Linears are frozen."""
     names = [name for matched in injection.adapted.values() for name in matched]
     layers: dict[nn.Module, LoRALinear] = {}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for name, linear in modules_once(model, names).items():
-            generator = torch.Generator().manual_seed(derived_seed(seed, name))
-            layers[linear] = layer(linear, **config.for_layer(name), generator=generator)  # type: ignore[arg-type]
-            if hasattr(linear, "on_inject"):  # a Linear that was changed in place passes the change on
-                linear.on_inject(layers[linear])  # type: ignore[operator]
-    except BaseException:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        raise
+    for name, linear in modules_once(model, names).items():
+        generator = torch.Generator().manual_seed(derived_seed(seed, name))
+        layers[linear] = layer(linear, **config.for_layer(name), generator=generator)  # type: ignore[arg-type]
+        if hasattr(linear, "on_inject"):  # a Linear that was changed in place passes the change on
+            linear.on_inject(layers[linear])  # type: ignore[operator]
     return layers
 
 

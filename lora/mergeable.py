@@ -85,7 +85,7 @@ class MergeableLinear(nn.Linear):
             raise RuntimeError("the layer is merged already; unmerge it first")
         if not self.enabled:
             raise RuntimeError("the adapter is switched off by disabled(); merging would switch it on")
-        self._check_writable()
+        self.check_writable()
 
     def merge(self) -> None:
         """Replaces the weight by `merged_weight()`, rounded once to its dtype, and keeps a copy of W.
@@ -93,9 +93,9 @@ class MergeableLinear(nn.Linear):
         The weight is frozen while it is merged. Raises RuntimeError as `check_mergeable` does, ValueError if
         the merged weight is not finite.
         """
-        self.check_mergeable()
         # An interrupt must not leave torch's gradient mode changed either.
         with uninterrupted(), torch.no_grad():
+            self.check_mergeable()
             weight = round_to(self.merged_weight(), self.weight.dtype)
             if not weight.isfinite().all():
                 raise ValueError(f"W + ΔW is not finite in {self.weight.dtype}")
@@ -103,10 +103,10 @@ class MergeableLinear(nn.Linear):
 
     def unmerge(self) -> None:
         """Restores W from its copy, bit for bit. Raises RuntimeError if the layer is not merged."""
-        if self._unmerged_weight is None:
-            raise RuntimeError("the layer is not merged; merge it first")
-        self._check_writable()
         with uninterrupted(), torch.no_grad():
+            if self._unmerged_weight is None:
+                raise RuntimeError("the layer is not merged; merge it first")
+            self.check_writable()
             self.weight.copy_(self._unmerged_weight).requires_grad_(self._was_trainable)
             self._unmerged_weight, self._merged_from, self._merged_versions = None, (), None
 
@@ -129,14 +129,16 @@ class MergeableLinear(nn.Linear):
             h = _ForbidBackward.apply(h, *trained)  # type: ignore[no-untyped-call]
         return h
 
-    def _check_writable(self) -> None:
+    def check_writable(self) -> None:
+        """Raises RuntimeError if the weight cannot be written to."""
         weight = self._parameters.get("weight")
         if weight is None:
             raise RuntimeError("the weight is not a Parameter; remove its pruning or parametrization first")
-        if weight.is_inference() and not torch.is_inference_mode_enabled():
-            raise RuntimeError("the weight was created in inference mode, so it cannot be written to outside")
-        if any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
-            raise RuntimeError("the weight is an expanded tensor, whose elements share memory")
+        if weight.is_meta:
+            raise RuntimeError("the weight is on the meta device, so it has no values")
+        reason = why_not_writable(weight)
+        if reason:
+            raise RuntimeError(f"the weight is {reason}")
 
     def _replace_weight(self, weight: Tensor) -> None:
         # The copy is made before the write, so that an interrupt between the two loses nothing.
@@ -202,6 +204,19 @@ class MergeableLinear(nn.Linear):
                 if not self.weight.isfinite().all():
                     warnings.warn(f"W + ΔW is not finite in {self.weight.dtype}", stacklevel=3)
         return self
+
+
+def why_not_writable(tensor: Tensor) -> str:
+    """Why the values of a tensor cannot be changed, or an empty string if they can."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return "a tensor of inference mode, which cannot be written to outside"
+    reach = 0  # distance from the first to the last element of the dimensions so far
+    if tensor.layout == torch.strided:
+        for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+            if size > 1 and stride <= reach:
+                return "an expanded or overlapping view, whose elements share memory"
+            reach += (size - 1) * stride
+    return ""
 
 
 def share_hooks(source: nn.Module, target: nn.Module) -> None:
