@@ -22,7 +22,7 @@ from lora.adapted import has_adapter, lora_config, lora_layers
 from lora.config import LoraConfig
 from lora.errors import UserError
 from lora.fingerprint import FLOATS, difference, fingerprint
-from lora.inject import CONVERSIONS, Injection, build_layers, find_targets, swap_in
+from lora.inject import CONVERSIONS, Injection, build_layers, find_targets, swap_in, unchanged_on_error
 from lora.interrupts import uninterrupted
 from lora.linear import LoRALinear
 from lora.mergeable import MergeableLinear
@@ -180,13 +180,13 @@ def load_adapter(
     if not linears:
         raise AdapterError(f"{folder}: target_modules {config.target_modules!r} match nothing in this model")
     saved = _saved_modules(model, config)
+    _check_tensors(adapter.tensors, _expected_tensors(linears, saved, config, layer), folder)
     if adapter.layer not in ("", layer.__name__):
         raise AdapterError(f"{folder}: trained with the class {adapter.layer}; pass it as layer=")
-    _check_tensors(adapter.tensors, _expected_tensors(linears, saved, config, layer), folder)
     if check_base:
         _check_base(model, adapter, linears, saved, folder)
 
-    with uninterrupted(), torch.no_grad():
+    with uninterrupted(), unchanged_on_error(model), torch.no_grad():
         layers = build_layers(model, config, injection, layer, seed=0)
         named = {name: layers[linear] for name, linear in linears.items()}
         for name, tensor in _adapter_tensors(named, saved).items():

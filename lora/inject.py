@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -70,9 +72,26 @@ def inject(
     injection = find_targets(model, config)
     _refuse_unmatched(model, "target_modules", injection.adapted)
     _refuse_unmatched(model, "modules_to_save", injection.saved)
-    with uninterrupted():
+    with uninterrupted(), unchanged_on_error(model):
         swap_in(model, config, injection, build_layers(model, config, injection, layer, seed))
     return injection
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Context that on an exception restores the module tree and which parameters train."""
+    children = [(module._modules, dict(module._modules)) for module in model.modules()]
+    trains = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for now, before in children:
+            now.clear()
+            now.update(before)
+        for parameter, requires_grad in trains:
+            parameter.requires_grad_(requires_grad)
+        vars(unwrap(model)).pop("lora_config", None)
+        raise
 
 
 def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
@@ -136,8 +155,8 @@ def swap_in(
         setattr(modules[parent], child, layers[modules[name]])
     train_only(model, config.modules_to_save)
     for layer in layers.values():
-        for name, tensor in layer.adapter_state().items():
-            tensor.requires_grad_(name in layer.trained_tensors)
+        for name in layer.trained_tensors:
+            attrgetter(name)(layer).requires_grad_(True)
     for change in AFTER_SWAP:
         change(model)
     if config.target_modules in SPECIAL_TARGETS:  # a file names the layers, so that PEFT adapts the same

@@ -1,4 +1,9 @@
-"""Changes that a signal cannot split: Python runs signal handlers between any two bytecodes."""
+"""Ctrl-C at any moment: changes that neither a signal nor another thread can split.
+
+Python runs signal handlers between bytecodes of the main thread, so a KeyboardInterrupt can occur inside
+any function of the library, in the middle of a change. Two threads that merge one layer at the same time
+would copy the merged weight as W.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +14,30 @@ from contextlib import contextmanager
 from typing import Any
 
 _is_deferring = False
+_changing = threading.RLock()
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Context in which Python's signal handlers wait: signals received inside are handled on exit."""
+    """Context in which Python's signal handlers wait: signals received inside are handled on exit.
+
+    One thread at a time can be inside, any number of times.
+    """
     global _is_deferring
-    if _is_deferring or threading.current_thread() is not threading.main_thread():
-        yield  # handlers run in the main thread only
+    if threading.current_thread() is not threading.main_thread():
+        with _changing:
+            yield  # handlers run in the main thread only
+        return
+    if _is_deferring:
+        yield
         return
     received: list[int] = []
     handlers = {number: signal.getsignal(number) for number in signal.valid_signals()}
     try:
         _set_handlers(handlers, lambda number, _frame: received.append(number))
         _is_deferring = True
-        yield
+        with _changing:
+            yield
     finally:
         _is_deferring = False
         try:

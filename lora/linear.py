@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lora.config import check_alpha, check_dropout, check_rank
+from lora.config import LoraConfig
 from lora.mergeable import MergeableLinear
 
 
@@ -50,9 +50,7 @@ class LoRALinear(MergeableLinear):
         use_rslora: bool = False,
         generator: torch.Generator | None = None,
     ):
-        check_rank("r", r)
-        check_alpha("lora_alpha", lora_alpha)
-        check_dropout("lora_dropout", lora_dropout)
+        LoraConfig(r=r, lora_alpha=lora_alpha, lora_dropout=lora_dropout)  # checks the values
         super().__init__(linear)
         self.r = r
         self.lora_alpha = lora_alpha

@@ -7,8 +7,9 @@
     disabled    error           error            error                     no change
 
 On exit, also by an exception, a context restores the state of each layer. A signal, such as Ctrl-C, takes
-effect before or after a change of state. Both contexts change the model for all threads: a second thread
-may run the model inside the context of the first, but cannot enter one.
+effect before or after a change of state. Threads that merge or unmerge at the same time do so one after
+another. Both contexts change the model for all threads: a second thread may run the model inside the context
+of the first, but cannot enter one.
 """
 
 from __future__ import annotations
@@ -47,15 +48,19 @@ def merge(model: nn.Module) -> None:
 def unmerge(model: nn.Module) -> None:
     """Restores the weight of every merged layer in place, bit for bit. Finishes an interrupted unmerge too.
 
-    Raises RuntimeError if there is no adapter or no layer is merged.
+    Raises RuntimeError if there is no adapter, no layer is merged, or a weight cannot be written to. In the
+    last case every layer stays merged, and the message names the layer.
     """
     layers = lora_layers(model)
-    if not any(layer.merged for layer in layers.values()):
-        raise RuntimeError(f"{next(iter(layers))} is not merged; merge the model first")
     with uninterrupted():
-        for layer in layers.values():
-            if layer.merged:
-                layer.unmerge()
+        merged_layers = {name: layer for name, layer in layers.items() if layer.merged}
+        if not merged_layers:
+            raise RuntimeError(f"{next(iter(layers))} is not merged; merge the model first")
+        for name, layer in merged_layers.items():
+            with _naming(name):
+                _check_writable(layer)
+        for layer in merged_layers.values():
+            layer.unmerge()
 
 
 @contextmanager
@@ -89,6 +94,29 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
         yield model
 
 
+def _check_writable(layer: MergeableLinear) -> None:
+    weight = layer._parameters.get("weight")
+    if weight is None:
+        raise RuntimeError("the weight is not a Parameter; remove its pruning or parametrization first")
+    if weight.is_meta:
+        raise RuntimeError("the weight is on the meta device, so it has no values")
+    if reason := why_not_writable(weight):
+        raise RuntimeError(f"the weight is {reason}")
+
+
+def why_not_writable(tensor: Tensor) -> str:
+    """Why the values of a tensor cannot be changed, or an empty string if they can."""
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        return "a tensor of inference mode, which cannot be written to outside"
+    reach = 0  # distance from the first to the last element of the dimensions so far
+    if tensor.layout == torch.strided:
+        for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+            if size > 1 and stride <= reach:
+                return "an expanded or overlapping view, whose elements share memory"
+            reach += (size - 1) * stride
+    return ""
+
+
 def _refuse_shared(model: nn.Module, layers: dict[str, MergeableLinear]) -> None:
     """Merging writes to the weight in place, so it would change every tensor in the same memory."""
     spans: list[tuple[str, int, int, str, Tensor]] = []  # device, first and last byte, name, tensor
@@ -109,8 +137,8 @@ def _refuse_shared(model: nn.Module, layers: dict[str, MergeableLinear]) -> None
                 spans.append((str(tensor.device), start, stop, f"{name}.{key}".lstrip("."), tensor))
     spans.sort(key=lambda span: span[:3])
     weights = {layer.weight for layer in layers.values()}
-    widest = spans[0]
-    for span in spans[1:]:
+    widest = ("", 0, 0, "", torch.empty(0))
+    for span in spans:
         if span[0] == widest[0] and span[1] < widest[2]:
             if span[4] in weights or widest[4] in weights:
                 raise RuntimeError(
@@ -126,17 +154,24 @@ def _merge_all(layers: dict[str, MergeableLinear]) -> None:
         started: list[MergeableLinear] = []
         try:
             for name, layer in layers.items():
-                try:
-                    layer.check_mergeable()
+                with _naming(name):
+                    _check_writable(layer)
                     started.append(layer)  # before the merge, so that an interrupted merge is undone too
                     layer.merge()
-                except (ValueError, RuntimeError) as error:
-                    raise type(error)(f"{name}: {error}") from error
         except BaseException:
             for layer in started:
                 if layer.merged:
                     layer.unmerge()
             raise
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Context that puts the layer's name before the message of an error."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 @contextmanager

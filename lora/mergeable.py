@@ -93,23 +93,20 @@ class MergeableLinear(nn.Linear):
         """W, (out, in): the weight without the adapter, merged or not."""
         return self.stored_weight
 
-    def check_mergeable(self) -> None:
-        """Raises RuntimeError if the layer is merged or disabled, or if its weight cannot be written to."""
-        if self.merged:
-            raise RuntimeError("the layer is merged already; unmerge it first")
-        if not self.enabled:
-            raise RuntimeError("the adapter is switched off by disabled(); merging would switch it on")
-        self._check_writable()
-
     def merge(self) -> None:
         """Replaces the weight by `merged_weight()`, rounded once to its dtype, and keeps a copy of W.
 
-        The weight is frozen while it is merged. Raises RuntimeError as `check_mergeable` does, ValueError if
-        the merged weight is not finite.
+        The weight is frozen while it is merged. `lora.merge` also checks that only this layer has the weight.
+
+        Raises RuntimeError if the layer is merged or disabled or its weight cannot be written to, ValueError
+        if the merged weight is not finite.
         """
-        self.check_mergeable()
         # An interrupt must not leave torch's gradient mode changed either.
         with uninterrupted(), torch.no_grad():
+            if self.merged:
+                raise RuntimeError("the layer is merged already; unmerge it first")
+            if not self.enabled:
+                raise RuntimeError("the adapter is switched off by disabled(); merging would switch it on")
             weight = round_to(self.merged_weight(), self.weight.dtype)
             if not weight.isfinite().all():
                 raise ValueError(f"W + ΔW is not finite in {self.weight.dtype}")
@@ -117,10 +114,9 @@ class MergeableLinear(nn.Linear):
 
     def unmerge(self) -> None:
         """Restores W from its copy, bit for bit. Raises RuntimeError if the layer is not merged."""
-        if self._unmerged_weight is None:
-            raise RuntimeError("the layer is not merged; merge it first")
-        self._check_writable()
         with uninterrupted(), torch.no_grad():
+            if self._unmerged_weight is None:
+                raise RuntimeError("the layer is not merged; merge it first")
             self.weight.copy_(self._unmerged_weight).requires_grad_(self._was_trainable)
             self._unmerged_weight, self._merged_from, self._merged_versions = None, (), None
 
@@ -142,15 +138,6 @@ class MergeableLinear(nn.Linear):
         if torch.is_grad_enabled() and trained:
             h = _ForbidBackward.apply(h, *trained)  # type: ignore[no-untyped-call]
         return h
-
-    def _check_writable(self) -> None:
-        weight = self._parameters.get("weight")
-        if weight is None:
-            raise RuntimeError("the weight is not a Parameter; remove its pruning or parametrization first")
-        if weight.is_inference() and not torch.is_inference_mode_enabled():
-            raise RuntimeError("the weight was created in inference mode, so it cannot be written to outside")
-        if any(size > 1 and stride == 0 for size, stride in zip(weight.shape, weight.stride(), strict=True)):
-            raise RuntimeError("the weight is an expanded tensor, whose elements share memory")
 
     def _replace_weight(self, weight: Tensor) -> None:
         # The copy is made before the write, so that an interrupt between the two loses nothing.

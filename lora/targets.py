@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lora.inject import AFTER_SWAP, CHECKS, CONVERSIONS, SPECIAL_TARGETS, Injection
+from lora.merge import why_not_writable
 from lora.mergeable import MergeableLinear
 from lora.modules import WRAPPERS, named_modules, unwrap
 
@@ -41,6 +42,9 @@ def check_targets(model: nn.Module, injection: Injection) -> None:
                 raise TypeError(f"{where}, whose weight is not a Parameter (pruned?)")
             if weight.ndim != 2 or type(weight.data) is not torch.Tensor:
                 raise TypeError(f"{where}, whose weight is sharded; inject before FSDP wraps the model")
+            tensors = (*module.named_parameters(), *module.named_buffers())
+            if extra := {key for key, _ in tensors} - {"weight", "bias"}:
+                raise TypeError(f"{where}, which holds {min(extra)} too; it would be lost")
             if "forward" in vars(module):
                 raise TypeError(f"{where}, whose forward is patched; the patch would be lost")
             parent, _, child = name.rpartition(".")
@@ -67,10 +71,14 @@ def check_saved(model: nn.Module, injection: Injection) -> None:
                 )
     for name in sorted({name for names in injection.saved.values() for name in names}):
         for key, parameter in modules[name].named_parameters():
-            fixed = parameter.is_inference() and not torch.is_inference_mode_enabled()
-            if fixed or not (parameter.is_floating_point() or parameter.is_complex()):
-                found = "a tensor of inference mode" if fixed else parameter.dtype
-                raise TypeError(f"modules_to_save: {name}.{key} is {found}, which cannot train")
+            found = why_not_writable(parameter)
+            if found or not (parameter.is_floating_point() or parameter.is_complex()):
+                raise TypeError(
+                    f"modules_to_save: {name}.{key} is {found or parameter.dtype}, which cannot train"
+                )
+        for key in modules[name].state_dict():
+            if key.endswith("_extra_state"):
+                raise TypeError(f"modules_to_save: {name}.{key} is not a tensor, so it cannot be saved")
 
 
 @functools.cache

@@ -1,7 +1,9 @@
 """Guards against silent errors: stale weights, shared memory, writes that cannot be undone, lost hooks."""
 
+import contextlib
 import copy
 import threading
+import time
 from fractions import Fraction
 
 import pytest
@@ -89,6 +91,27 @@ def test_a_write_that_no_counter_shows_is_found_within_a_cycle_of_forwards():
     assert torch.equal(bf16_forward(layer, x), reference(layer, x))  # at once after a change of mode
 
 
+def test_a_write_to_one_element_of_a_bias_is_found_at_once():
+    layer = nn.Linear(64, 64).requires_grad_(False)
+    fuse(layer, torch.bfloat16)
+    x = torch.randn(4, 64)
+    for row in range(64):
+        bf16_forward(layer, x)
+        layer.bias.data[row] += 1
+        assert torch.equal(bf16_forward(layer, x), reference(layer, x))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("own", ["data", "dlpack"])
+def test_a_cast_is_not_reused_after_a_write_to_one_row(own, gradients):
+    x = torch.zeros(100, 8)
+    alias = x.data if own == "data" else torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(x))
+    with torch.set_grad_enabled(gradients):
+        cast_shared(x, torch.bfloat16)
+        alias[5] = 1
+        assert torch.equal(cast_shared(x, torch.bfloat16), x.bfloat16())
+
+
 @pytest.mark.parametrize("own", ["numpy", "from_numpy", "dlpack"])
 def test_a_cast_is_not_reused_for_memory_that_another_library_refills(own):
     x = torch.zeros(16, 8)
@@ -152,7 +175,7 @@ def test_parts_of_one_memory_that_do_not_overlap_are_merged():
     unmerge(model)
 
 
-@pytest.mark.parametrize("kind", ["inference", "expanded", "pruned", "parametrized"])
+@pytest.mark.parametrize("kind", ["inference", "expanded", "overlapping", "meta", "pruned", "parametrized"])
 def test_a_layer_that_cannot_be_written_to_leaves_the_model_unmerged(kind):
     model = nn.ModuleDict({"query": nn.Linear(8, 8), "value": nn.Linear(8, 8)})
     if kind == "inference":
@@ -160,6 +183,10 @@ def test_a_layer_that_cannot_be_written_to_leaves_the_model_unmerged(kind):
             model["value"] = nn.Linear(8, 8)
     if kind == "expanded":
         model["value"].weight = nn.Parameter(torch.randn(1, 8).expand(8, 8))
+    if kind == "overlapping":
+        model["value"].weight = nn.Parameter(torch.randn(15).as_strided((8, 8), (1, 1)))
+    if kind == "meta":
+        model["value"].to("meta")
     inject(model, LoraConfig(r=2, target_modules=("query", "value")))
     randomise_adapter(model)
     if kind == "pruned":
@@ -177,6 +204,23 @@ def test_a_layer_that_cannot_be_written_to_leaves_the_model_unmerged(kind):
             eject(model)
     else:
         eject(model)
+
+
+def test_an_unmerge_that_cannot_write_leaves_every_layer_merged():
+    model = nn.ModuleDict({"query": nn.Linear(8, 8), "value": nn.Linear(8, 8)})
+    with torch.inference_mode():
+        model["value"] = nn.Linear(8, 8)
+    inject(model, LoraConfig(r=2, target_modules=("query", "value")))
+    with torch.inference_mode():
+        merge(model)
+    with pytest.raises(RuntimeError, match="value: the weight is a tensor of inference mode"):
+        unmerge(model)
+    assert all(layer.merged for layer in lora_layers(model).values())
+
+
+def test_merging_a_model_on_the_meta_device_is_an_error(adapted):
+    with pytest.raises(RuntimeError, match="meta device"):
+        merge(adapted.to("meta"))
 
 
 def test_an_overflow_of_a_cast_while_merged_leaves_one_state(adapted, input_ids):
@@ -294,6 +338,33 @@ def test_a_second_thread_cannot_enter_a_context(adapted):
         assert not errors
 
 
+def test_threads_that_merge_at_the_same_time_lose_no_weight(adapted, monkeypatch):
+    merged_weight = LoRALinear.merged_weight
+
+    def slow(layer):
+        time.sleep(0.001)  # the other thread runs
+        return merged_weight(layer)
+
+    monkeypatch.setattr(LoRALinear, "merged_weight", slow)
+    before = weights(adapted)
+
+    def change():
+        for operation in (merge, unmerge) * 3:
+            with contextlib.suppress(RuntimeError):  # the other thread was first
+                operation(adapted)
+
+    threads = [threading.Thread(target=change) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    states = {layer.merged for layer in lora_layers(adapted).values()}
+    assert len(states) == 1
+    if states == {True}:
+        unmerge(adapted)
+    assert equal(before, weights(adapted))
+
+
 # --- inject ------------------------------------------------------------------------------------------
 
 
@@ -320,6 +391,8 @@ def test_hooks_stay_through_inject_and_eject(model, config, input_ids):
         (lambda q: setattr(q, "forward", lambda x: x), "whose forward is patched"),
         (lambda q: setattr(q, "weight", nn.Parameter(q.weight.to(torch.complex64))), "complex64"),
         (lambda q: setattr(q, "weight", nn.Parameter(q.weight.to(torch.int8), False)), "int8"),
+        (lambda q: q.register_buffer("scale", torch.ones(1), persistent=False), "which holds scale too"),
+        (lambda q: q.register_parameter("gain", nn.Parameter(torch.ones(1))), "which holds gain too"),
     ],
 )
 def test_what_would_be_lost_is_refused(model, config, change, message):
@@ -329,6 +402,42 @@ def test_what_would_be_lost_is_refused(model, config, change, message):
         inject(model, config)
     assert [p.requires_grad for p in model.parameters()] == trainable
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
+
+
+def test_a_failed_swap_leaves_the_model_unchanged():
+    class ReadOnly(nn.ModuleDict):
+        def __setattr__(self, name, value):
+            if name == "value" and name in self:
+                raise AttributeError("value is read-only")
+            super().__setattr__(name, value)
+
+    class Misspelt(LoRALinear):
+        trained_tensors = ("lora_A", "lora_C")
+
+    for kind, layer in ((ReadOnly, LoRALinear), (nn.ModuleDict, Misspelt)):
+        model = kind({"query": nn.Linear(8, 8), "value": nn.Linear(8, 8)})
+        modules = list(model.children())
+        with pytest.raises(AttributeError):
+            inject(model, LoraConfig(r=2, target_modules=("query", "value")), layer=layer)
+        assert list(model.children()) == modules
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert not hasattr(model, "lora_config")
+
+
+def test_a_saved_module_whose_memory_is_shared_within_leaves_the_model_unchanged(model, config):
+    model.classifier.dense.weight = nn.Parameter(torch.zeros(1, 32).expand(32, 32))
+    with pytest.raises(TypeError, match=r"classifier.dense.weight is an expanded or overlapping view"):
+        inject(model, config)
+
+
+def test_a_saved_module_with_state_that_is_no_tensor_is_refused(model, config):
+    class Counter(nn.Linear):
+        def get_extra_state(self):
+            return {"steps": 1}
+
+    model.classifier.dense = Counter(32, 32)
+    with pytest.raises(TypeError, match=r"classifier.dense._extra_state is not a tensor"):
+        inject(model, config)
 
 
 def test_a_saved_module_that_cannot_train_leaves_the_model_unchanged(model, config):

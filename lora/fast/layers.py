@@ -9,10 +9,11 @@ dropped
 
     if the weight or bias has requires_grad, or `train()` or `eval()` changes the mode;
     if the version, address, device or dtype of a Parameter changes, as in a merge;
-    if a row of a copy does not equal the weight's. Some optimizers, collectives, DLPack and `.data` write to
-        a Parameter without raising its version. A CPU forward therefore compares 16 rows, other ones each
-        time, so that it covers all rows of a matrix of 768 in 48 forwards. On an accelerator a comparison
-        would wait for the device; call `eval()` or `train()` after such a write there.
+    if the bias or a row of the weight does not equal its copy. Some optimizers, collectives, DLPack and
+        `.data` write to a Parameter without raising its version. A CPU forward therefore compares the bias
+        and 16 rows, other ones each time, so that it covers all rows of a matrix of 768 in 48 forwards. On
+        an accelerator a comparison would wait for the device. After such a write there, or to a few rows
+        alone, call `eval()` or `train()` to change the mode.
 """
 
 from __future__ import annotations
@@ -74,14 +75,16 @@ class FastLinear(nn.Linear):
         return weight, bias[0] if bias else None
 
     def _rows_are_equal(self, copies: _Copies) -> bool:
-        """Whether some rows of the copies equal those of the Parameters. Always true on an accelerator."""
+        """Whether some rows of the weight's copy and all of the bias's are right. True on an accelerator."""
         if self.weight.device.type != "cpu":
             return True
         step = max(1, len(self.weight) // 16)
         self._first_row = (self._first_row + 1) % step
         rows = slice(self._first_row, None, step)
-        pairs = zip(copies.sources, copies.copies, strict=True)
-        return all(torch.equal(source[rows].to(copy.dtype), copy[rows]) for source, copy in pairs)
+        (weight, *bias), (weight_copy, *bias_copy) = copies.sources, copies.copies
+        return torch.equal(weight[rows].to(weight_copy.dtype), weight_copy[rows]) and all(
+            torch.equal(source.to(copy.dtype), copy) for source, copy in zip(bias, bias_copy, strict=True)
+        )
 
     def train(self, mode: bool = True) -> FastLinear:
         if mode != self.training:
