@@ -24,12 +24,13 @@ from typing import Any
 from tqdm import tqdm
 
 from bench import plotting
-from bench.significance import mcnemar, mean_and_interval
 from bench.steps import ALL_LINEAR, QUERY_VALUE
-from bench.tables import markdown, mebibytes, prose
+from bench.tables import prose
 from bench.training import QUICK, finish_run
 from train.hardware import resolve_device
 from train.runs import PREDICTIONS
+from train.significance import mcnemar, mean_and_interval
+from train.tables import markdown, mebibytes
 
 RUNS = Path("runs/accuracy")
 SEEDS = (0, 1, 2)

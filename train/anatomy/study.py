@@ -13,7 +13,7 @@ import numpy as np
 
 from lora.errors import first_line
 from lora.storage import write_atomically
-from model.minilm import DataPackageMissingError
+from model.packages import DataPackageMissingError
 from train.anatomy.experiments import Report, TestSet, mistakes, run_experiments, score, trace, truncate_full
 from train.anatomy.measure import (
     EPSILON,
