@@ -11,8 +11,7 @@ from bench import accuracy
 from bench.accuracy import QUERY_VALUE, Cell, Mode
 from bench.training import finish_run
 from train.config import load_recipe
-from train.job import PREDICTIONS
-from train.runs import CONFIG, SUMMARY
+from train.runs import CONFIG, PREDICTIONS, SUMMARY
 from train.significance import mcnemar, mean_and_interval
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table of rows, the first of which is the header. All columns but the first are right-aligned."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    rows = [[cell.replace("|", r"\|") for cell in row] for row in rows]
+    widths = [max(2, *(len(cell) for cell in column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
         cells = [
@@ -17,6 +19,12 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
+
+
+def excerpt(text: str, characters: int) -> str:
+    """A text as one line, cut after a word to `characters`. Control characters become spaces."""
+    text = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())
+    return text if len(text) <= characters else text[:characters].rsplit(" ", 1)[0] + " …"
 
 
 def quantity(value: float) -> str:
