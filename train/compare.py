@@ -46,7 +46,7 @@ def _print_comparison(folders: Sequence[Path], html: Path | None, figure: Path |
     _check_file("--figure", figure, (".png", ".svg", ".pdf"))
     comparison = compare(folders)
     print(_as_text(comparison))
-    logs = {run.name: run.log for run in comparison.runs}
+    logs = [(run.name, run.log) for run in comparison.runs]
     if figure is None and html is None:
         figure = folders[0] / FIGURES / FIGURE
         figure.parent.mkdir(exist_ok=True)
@@ -96,11 +96,8 @@ def _as_page(comparison: Comparison, curves: dict[str, bytes]) -> str:
 
 def _count(comparison: Comparison, shown: int) -> str:
     count = len(comparison.changes)
-    if count <= shown:
-        return f"Runs differ in their prediction of {count:,} texts."
-    return (
-        f"Runs differ in their prediction of {count:,} texts; these are the {shown} with the largest change."
-    )
+    which = f"; these {shown} have the largest change" if count > shown else ""
+    return f"Test texts with different predictions: {count:,}{which}."
 
 
 def _predicted(row: Prediction | None) -> str:

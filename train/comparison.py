@@ -23,12 +23,13 @@ from train.runs import (
     PREDICTIONS,
     SUMMARY,
     RunError,
+    check_finished,
     read_log,
     read_summary,
     resume_command,
     run_recipe,
 )
-from train.significance import mcnemar, wilson
+from train.significance import mcnemar
 from train.tables import excerpt, mebibytes, size
 
 
@@ -106,7 +107,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
 
 
 def _read_run(folder: Path, name: str) -> Run:
-    summary, recipe = read_summary(folder), run_recipe(folder)
+    check_finished(folder)
+    recipe, summary = run_recipe(folder), read_summary(folder)
     try:
         confusion = np.asarray(summary["test_confusion_matrix"], dtype=np.int64)
         if confusion.shape != (len(summary["labels"]),) * 2:
@@ -121,7 +123,7 @@ def _read_run(folder: Path, name: str) -> Run:
             f"texts are correct in one, {expected} of {confusion.sum()} in the other"
         )
     log = read_log(folder / METRICS)
-    return Run(excerpt(name, 60), folder, recipe, summary, Scores(confusion), predictions, log)
+    return Run(excerpt(name, 255), folder, recipe, summary, Scores(confusion), predictions, log)
 
 
 def _changes(matched: Sequence[dict[Key, Prediction]]) -> list[Change]:
@@ -157,7 +159,7 @@ def _find_texts(runs: Sequence[Run], digests: set[str]) -> tuple[dict[str, str],
             continue
         found |= {digest: text for text in test["text"] if (digest := text_digest(text)) in digests}
     if missing := len(digests - found.keys()):
-        notes.append(f"{missing} texts were not found in the data; their digests are shown instead.")
+        notes.append(f"Texts not found in the data, shown by their digest: {missing:,}.")
     return found, notes
 
 
@@ -190,11 +192,10 @@ def _setting(value: object) -> str:
 def _accuracy(runs: Sequence[Run]) -> Table:
     rows = [["run", "test accuracy", "95% interval", "macro F1", "test texts", "validation accuracy"]]
     for run in runs:
-        tested, correct = int(run.scores.confusion.sum()), int(np.trace(run.scores.confusion))
-        low, high = wilson(correct, tested)
+        low, high = run.scores.interval
         rows.append(
             [run.name, f"{run.scores.accuracy:.4f}", f"{low:.4f}-{high:.4f}", f"{run.scores.macro_f1:.4f}",
-             f"{tested:,}", f"{run.summary['val_accuracy']:.4f}"]
+             f"{run.scores.confusion.sum():,}", f"{run.summary['val_accuracy']:.4f}"]
         )  # fmt: skip
     note = (
         "Wilson's interval, for each run alone. Overlapping intervals do not show that runs are equal: on the"
@@ -211,11 +212,7 @@ def _paired(runs: Sequence[Run], matched: Sequence[dict[Key, Prediction]], by_po
     for (first, ours), (second, theirs) in combinations(zip(runs, matched, strict=True), 2):
         shared = sorted(ours.keys() & theirs.keys())
         if ours and theirs and not len(ours) == len(theirs) == len(shared):
-            notes.append(
-                f"{first.name} and {second.name} were not tested on the same texts: "
-                f"{len(ours):,} and {len(theirs):,}, of which {len(shared):,} are shared."
-                + (" The test uses these alone." if shared else "")
-            )
+            notes.append(_not_the_same(first, second, ours, theirs))
         if shared:
             only_first, only_second, p = mcnemar(
                 [ours[key].correct for key in shared], [theirs[key].correct for key in shared]
@@ -228,14 +225,28 @@ def _paired(runs: Sequence[Run], matched: Sequence[dict[Key, Prediction]], by_po
     if len(rows) == 1:
         return Table("McNemar's paired test", [], [*notes, "No runs can be compared in pairs."])
     notes.append(
-        "p is the probability of a split at least as uneven of the texts that one of both alone classified"
-        " correctly, if the runs were equally accurate (exact binomial test, two-sided)."
+        "p: if both runs were equally accurate, the probability that the texts on which only one of them is"
+        " correct split at least as unevenly (exact binomial test, two-sided)."
     )
     if len(rows) > 2:
         notes.append(
             f"p is not corrected for the number of tests; Bonferroni's level is 0.05/{len(rows) - 1}."
         )
     return Table("McNemar's paired test", rows, notes)
+
+
+def _not_the_same(first: Run, second: Run, ours: dict[Key, Prediction], theirs: dict[Key, Prediction]) -> str:
+    """How far the test texts of two runs differ."""
+    shared = ours.keys() & theirs.keys()
+    digests = [{row.digest for row in rows.values()} for rows in (ours, theirs)]
+    relabelled = len(digests[0] & digests[1] - {ours[key].digest for key in shared})
+    note = (
+        f"{first.name} and {second.name} were not tested on the same texts: {len(ours):,} and"
+        f" {len(theirs):,}, of which {len(shared):,} are shared"
+    )
+    if relabelled:
+        note += f"; {relabelled:,} others are in both, with different true classes"
+    return note + (". The test uses the shared texts alone." if shared else ".")
 
 
 def _unmatched(run: Run, by_position: bool) -> str:

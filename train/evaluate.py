@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from model import speed_up
 from train.batches import encode
 from train.command import run_command
@@ -20,7 +18,6 @@ from train.hardware import resolve_device, resolve_precision
 from train.inference import predict_logits
 from train.metrics import Scores
 from train.runs import CONFIG, RunError, check_finished, run_recipe
-from train.significance import wilson
 from train.trained import load_trained
 
 
@@ -77,10 +74,11 @@ def _fields(result: dict[str, Any]) -> dict[str, Any]:
 
 def _row(result: dict[str, Any]) -> str:
     scores: Scores = result["scores"]
-    rows = int(scores.confusion.sum())
-    low, high = wilson(int(np.trace(scores.confusion)), rows)
-    interval = f"{low:.4f}-{high:.4f}"
-    return f"{scores.accuracy:>8.4f}  {interval:>14}  {scores.macro_f1:>8.4f}  {rows:>7,}  {result['data']}"
+    low, high = scores.interval
+    return (
+        f"{scores.accuracy:>8.4f}   {low:.4f}-{high:.4f}  {scores.macro_f1:>8.4f}"
+        f"  {scores.confusion.sum():>7,}  {result['data']}"
+    )
 
 
 def _data_of(folder: Path, data: str | None) -> tuple[Recipe, str]:

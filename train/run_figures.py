@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
 from train.metrics import Scores
+from train.tables import excerpt
 from train.themes import CYCLE, GREY
 
 _BLUE, _ORANGE, _GREEN = "#2f6db3", "#d9822b", "#3a8f5c"
@@ -123,22 +124,27 @@ def _report(scores: Scores, labels: tuple[str, ...]) -> Any:
     return figure
 
 
-def save_comparison(path: Path, logs: Mapping[str, Sequence[dict[str, Any]]]) -> None:
+def save_comparison(path: Path, logs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> None:
     """Writes the figure of `draw_comparison` in the format that the ending of `path` names."""
     figure = draw_comparison(logs)
     figure.savefig(path, dpi=140, bbox_inches="tight")
     plt.close(figure)
 
 
-def draw_comparison(logs: Mapping[str, Sequence[dict[str, Any]]]) -> Any:
-    """Accuracy and loss by epoch, a colour and marker for each run. logs: metrics.jsonl by the run's name."""
+def draw_comparison(logs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Any:
+    """Accuracy and loss by epoch of several runs. logs: the name and the lines of metrics.jsonl of each."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(5.2, 6.4), sharex=True)
-    for number, (name, lines) in enumerate(logs.items()):
+    for number, (name, lines) in enumerate(logs):
         style = {"color": CYCLE[number % len(CYCLE)], "marker": "os^Dv*"[number // len(CYCLE) % 6], "ms": 4}
         validated = [line for line in lines if line.keys() >= {"epoch", "val_accuracy", "val_loss"}]
         logged = [line for line in lines if "epoch" in line and line.get("loss") is not None]
         epochs = [line["epoch"] for line in validated]
-        top.plot(epochs, [100 * line["val_accuracy"] for line in validated], **style, label=plain(name))
+        top.plot(
+            epochs,
+            [100 * line["val_accuracy"] for line in validated],
+            **style,
+            label=plain(excerpt(name, 48)),
+        )
         bottom.plot(epochs, [line["val_loss"] for line in validated], **style)
         bottom.plot(
             [line["epoch"] for line in logged], [line["loss"] for line in logged],
