@@ -1,7 +1,7 @@
 """test_predictions.csv: a run's prediction for each test text, from which runs are compared in pairs.
 
 Columns: label (the true class), prediction, digest (the first 16 hexadecimal digits of the SHA-256 of the
-text in UTF-8), and p(CLASS), the probability of each class. Runs of version 0.1.0 have the first two alone.
+text in UTF-8), and p(CLASS), the probability of each class. Older runs have the first two alone.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Key = tuple[str | int, ...]
 class Prediction:
     """The true class and the predicted class of one text.
 
-    digest: of the text, and probabilities: by class; both are empty for a run of version 0.1.0.
+    digest: of the text, and probabilities: by class; both are empty for an older run.
     """
 
     label: str

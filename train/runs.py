@@ -5,7 +5,7 @@ weights.safetensors    the trained weights (method = full or head)
 config.toml            the recipe
 metrics.jsonl          one line per logged step and epoch
 checkpoint/            the last two checkpoints
-test_predictions.csv   label and prediction of each test article
+test_predictions.csv   class, prediction, digest and probabilities of each test text (predictions.py)
 figures/               learning curves, confusion matrix, classification report
 summary.json           the results; written last, so its presence marks a finished run
 """
