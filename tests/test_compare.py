@@ -24,6 +24,7 @@ from train.metrics import Scores
 from train.predictions import Prediction, match, read_predictions, write_predictions
 from train.runs import METRICS, PREDICTIONS, SUMMARY, write_recipe
 from train.significance import mcnemar, wilson
+from train.tables import excerpt
 
 LABELS = tuple(sorted(NEWS))
 TEXTS = {f"{text} 0": LABELS.index(label) for label, texts in NEWS.items() for text in texts}
@@ -155,6 +156,12 @@ def test_the_printed_numbers_are_those_of_the_files(tiny_recipe, tmp_path, capsy
     assert (cost[0]["training, s"], cost[0]["texts/s"]) == ("12.5", "8.0")
     assert cost[0]["peak memory, MiB"] == "1,024"
     assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
+
+
+def test_an_excerpt_is_one_line_cut_after_a_word():
+    assert excerpt("a\tb\n\x1bc", 9) == "a b c"
+    assert excerpt("one two three", 10) == "one two …"
+    assert excerpt("题 新闻新闻新闻新闻", 6) == "题 新闻新闻 …"
 
 
 # --- which texts are the same ------------------------------------------------------------------------

@@ -61,10 +61,13 @@ def _print_comparison(folders: Sequence[Path], html: Path | None, figure: Path |
 
 def _check_file(flag: str, path: Path | None, endings: tuple[str, ...]) -> None:
     """Raises RunError if no file of this kind can be written there."""
-    if path is not None and path.suffix.lower() not in endings:
+    if path is None:
+        return
+    if path.suffix.lower() not in endings:
         raise RunError(f"{flag} {path}: the name must end in {' or '.join(endings)}")
-    if path is not None and not path.parent.is_dir():
-        raise RunError(f"{flag} {path}: there is no folder {path.parent}")
+    if path.is_dir() or not path.parent.is_dir():
+        what = "this is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise RunError(f"{flag} {path}: {what}")
 
 
 def _as_text(comparison: Comparison) -> str:

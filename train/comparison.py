@@ -115,13 +115,15 @@ def _read_run(folder: Path, name: str) -> Run:
             raise ValueError("it is not a square with a row per class")
     except (ValueError, TypeError, OverflowError) as error:
         raise RunError(f"{folder / SUMMARY}: damaged: test_confusion_matrix: {error}") from error
-    predictions = read_predictions(folder) if (folder / PREDICTIONS).is_file() else []
-    correct, expected = sum(row.correct for row in predictions), int(np.trace(confusion))
-    if predictions and (len(predictions), correct) != (confusion.sum(), expected):
-        raise RunError(
-            f"{folder}: {PREDICTIONS} and {SUMMARY} are not of one run: {correct} of {len(predictions)} "
-            f"texts are correct in one, {expected} of {confusion.sum()} in the other"
-        )
+    predictions: list[Prediction] = []
+    if (folder / PREDICTIONS).is_file():
+        predictions = read_predictions(folder)
+        correct, expected = sum(row.correct for row in predictions), int(np.trace(confusion))
+        if (len(predictions), correct) != (confusion.sum(), expected):
+            raise RunError(
+                f"{folder}: {PREDICTIONS} and {SUMMARY} are not of one run: {correct} of {len(predictions)} "
+                f"texts are correct in one, {expected} of {confusion.sum()} in the other"
+            )
     log = read_log(folder / METRICS)
     return Run(excerpt(name, 255), folder, recipe, summary, Scores(confusion), predictions, log)
 

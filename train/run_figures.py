@@ -148,13 +148,13 @@ def draw_comparison(logs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Any
         bottom.plot(epochs, [line["val_loss"] for line in validated], **style)
         bottom.plot(
             [line["epoch"] for line in logged], [line["loss"] for line in logged],
-            linestyle=":", lw=1, color=style["color"],
+            linestyle=":", lw=1.3, color=style["color"],
         )  # fmt: skip
     top.set_ylabel("validation accuracy, %")
     top.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
     bottom.set(xlabel="epoch", ylabel="cross-entropy, nats", ylim=(0, None))
     bottom.legend(
-        [Line2D([], [], color=GREY, marker="o", ms=4), Line2D([], [], color=GREY, ls=":", lw=1)],
+        [Line2D([], [], color=GREY, marker="o", ms=4), Line2D([], [], color=GREY, ls=":", lw=1.3)],
         ["validation", "training (with label smoothing and dropout)"], frameon=False, fontsize=8,
     )  # fmt: skip
     for axes in (top, bottom):

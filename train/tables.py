@@ -22,9 +22,13 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 def excerpt(text: str, characters: int) -> str:
-    """A text as one line, cut after a word to `characters`. Control characters become spaces."""
+    """A text as one line of about `characters`, cut after a word. Control characters become spaces."""
     text = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split())
-    return text if len(text) <= characters else text[:characters].rsplit(" ", 1)[0] + " …"
+    if len(text) <= characters:
+        return text
+    words = text[:characters].rsplit(" ", 1)[0]
+    # Within a word if it is long: Chinese, for example, has no spaces.
+    return (words if 2 * len(words) > characters else text[:characters]) + " …"
 
 
 def quantity(value: float) -> str:
