@@ -63,7 +63,7 @@ def write_run(folder, recipe, texts, seed=0, labels=LABELS, **changes):
 @pytest.fixture
 def runs(tiny_recipe, tmp_path):
     """Three runs on the nine test texts of the tiny data; the last has a name to escape."""
-    changes = {"one": {}, "two": {"r": 4}, "<i>th|ree": {"method": "head"}}
+    changes = {"one": {}, "two": {"r": 4, "learning_rate": 0.010000001}, "<i>th|ree": {"method": "head"}}
     for seed, (name, change) in enumerate(changes.items()):
         write_run(tmp_path / name, tiny_recipe, TEXTS, seed, **change)
     return [tmp_path / name for name in changes]
@@ -232,6 +232,7 @@ def test_settings_that_differ_and_changed_predictions(runs, capsys):
     settings = {row["setting"]: row for row in table(out, "Settings that differ")}
     assert settings["method"] == {"setting": "method", "one": "lora", "two": "lora", r"<i>th\|ree": "head"}
     assert list(settings["r"].values()) == ["r", "8", "4", "-"]
+    assert (settings["learning_rate"]["one"], settings["learning_rate"]["two"]) == ("0.01", "0.010000001")
     assert "seed" not in settings
     predicted = [{row.digest: row for row in read_predictions(folder)} for folder in runs]
     changed = {

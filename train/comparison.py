@@ -167,28 +167,26 @@ def _find_texts(runs: Sequence[Run], digests: set[str]) -> tuple[dict[str, str],
 
 def _settings(runs: Sequence[Run]) -> Table:
     by_run = [_settings_of(run) for run in runs]
-    differing = [key for key in by_run[0] if len({settings[key] for settings in by_run}) > 1]
+    differing = [key for key in by_run[0] if any(other[key] != by_run[0][key] for other in by_run)]
     rows = [["setting", *(run.name for run in runs)]]
-    rows += [[key, *(settings[key] for settings in by_run)] for key in differing]
+    rows += [[key, *(_as_text(settings[key]) for settings in by_run)] for key in differing]
     note = "All other settings are equal." if differing else "All settings are equal."
     return Table("Settings that differ", rows if differing else [], [note])
 
 
-def _settings_of(run: Run) -> dict[str, str]:
+def _settings_of(run: Run) -> dict[str, Any]:
     """The recipe's fields, with the precision and device that were used, and the classes."""
     found = dataclasses.asdict(run.recipe)
     found |= {key: run.summary[key] for key in ("precision", "device") if key in run.summary}
     if run.recipe.method != "lora":
         found |= {field.name: "-" for field in dataclasses.fields(LoraConfig) if field.name in found}
-    return {key: _setting(value) for key, value in {**found, "classes": run.summary["labels"]}.items()}
+    return {**found, "classes": run.summary["labels"]}
 
 
-def _setting(value: object) -> str:
+def _as_text(value: object) -> str:
     if isinstance(value, list | tuple):
-        return excerpt(", ".join(map(str, value)), 100)
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else excerpt(str(value), 100)
+        value = ", ".join(map(str, value))
+    return excerpt(str(value), 100) if not isinstance(value, float) else str(value).removesuffix(".0")
 
 
 def _accuracy(runs: Sequence[Run]) -> Table:
