@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 success, 2 an error that the message explains."""
     parser = argparse.ArgumentParser(
         prog="python -m train.compare",
-        description="Compares finished runs: the settings that differ, test accuracy with 95%% intervals, "
+        description="Compares finished runs: the settings that differ, test accuracy with 95% intervals, "
         "McNemar's paired test, cost, learning curves, and the test texts whose prediction changed.",
         epilog="Nothing is trained or evaluated: the numbers are those that the runs recorded.",
     )
