@@ -13,7 +13,6 @@ selected by the test split.
 
 from __future__ import annotations
 
-import csv
 import os
 import statistics
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +23,13 @@ from typing import Any
 from tqdm import tqdm
 
 from bench import plotting
-from bench.significance import mcnemar, mean_and_interval
 from bench.steps import ALL_LINEAR, QUERY_VALUE
-from bench.tables import markdown, mebibytes, prose
+from bench.tables import prose
 from bench.training import QUICK, finish_run
 from train.hardware import resolve_device
-from train.runs import PREDICTIONS
+from train.predictions import read_predictions
+from train.significance import mcnemar, mean_and_interval
+from train.tables import markdown, mebibytes
 
 RUNS = Path("runs/accuracy")
 SEEDS = (0, 1, 2)
@@ -109,8 +109,7 @@ class Cell:
 
     def correct(self) -> list[bool]:
         """Whether each test article was classified correctly."""
-        with (self.folder / PREDICTIONS).open(newline="") as file:
-            return [row["label"] == row["prediction"] for row in csv.DictReader(file)]
+        return [row.correct for row in read_predictions(self.folder)]
 
 
 Finished = tuple[Cell, dict[str, Any]]

@@ -23,10 +23,11 @@ from bench.steps import (
     random_batch,
     ratio,
 )
-from bench.tables import markdown, mebibytes, prose, quantity
+from bench.tables import prose
 from lora import LoraConfig, count_parameters
 from model import HEAD
 from train.hardware import resolve_device, resolve_precision
+from train.tables import markdown, mebibytes, quantity
 
 TARGETS = {"query, value": QUERY_VALUE, "all linear": ALL_LINEAR}
 

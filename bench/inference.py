@@ -22,11 +22,12 @@ from bench.steps import (
     time_in_turn,
     time_once,
 )
-from bench.tables import markdown, prose, quantity, spread
+from bench.tables import prose, spread
 from lora import eject, inject, load_adapter, merge, save_adapter, unmerge
 from lora.adapted import product_layers
 from model import load_base, speed_up
 from train.hardware import autocast, resolve_device, resolve_precision
+from train.tables import markdown, quantity
 
 STATES = {"base": "base model", "unmerged": "adapter unmerged", "merged": "adapter merged"}
 OPERATIONS = {

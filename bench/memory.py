@@ -10,8 +10,9 @@ from typing import Any
 
 from bench import plotting
 from bench.steps import MODES, QUICK_SHAPES, SHAPES, held_bytes
-from bench.tables import markdown, mebibytes, prose
+from bench.tables import prose
 from train.hardware import resolve_device, resolve_precision
+from train.tables import markdown, mebibytes
 
 COMPONENTS = {
     "weights": "weights",

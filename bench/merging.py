@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from bench.baselines import BASELINES, adapted_layer, installed
 from bench.steps import QUERY_VALUE, randomise
-from bench.tables import markdown
 from lora import LoraConfig, inject, merge, unmerge
 from lora.adapted import product_layers
 from model import load_base
+from train.tables import markdown
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _CONFIG = LoraConfig(r=8, lora_alpha=16, target_modules=QUERY_VALUE)

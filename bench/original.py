@@ -22,7 +22,7 @@ from datasets import Dataset
 
 from bench.baselines import with_peft
 from bench.steps import CONFIG
-from bench.tables import markdown, prose
+from bench.tables import prose
 from lora import inject
 from model import load_base, speed_up
 from train.batches import Encoded, encode
@@ -30,6 +30,7 @@ from train.config import Recipe, load_recipe
 from train.data import load_news
 from train.hardware import resolve_device, resolve_precision
 from train.loop import Trainer
+from train.tables import markdown
 
 MODEL = "random:roberta-base"
 

@@ -25,12 +25,13 @@ from bench.steps import (
     time_in_turn,
     time_once,
 )
-from bench.tables import markdown, mebibytes, prose, quantity, spread
+from bench.tables import prose, spread
 from lora import LoRALinear, eject, inject, load_adapter, save_adapter
 from lora.adapted import product_layers
 from model import load_base
 from model.fast import DTYPES
 from train.hardware import resolve_device, resolve_precision
+from train.tables import markdown, mebibytes, quantity
 
 NAMES = {"lora": "here", "full": "full fine-tuning here", "peft": "PEFT", "loralib": "loralib"}
 

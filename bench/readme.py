@@ -20,7 +20,8 @@ from typing import Any
 
 from bench import accuracy, anatomy, growth, inference, memory, original, peers, recipes, throughput
 from bench.steps import held_bytes
-from bench.tables import markdown, mebibytes, prose, quantity, size
+from bench.tables import prose
+from train.tables import markdown, mebibytes, quantity, size
 
 _BENCH = Path(__file__).parent
 PAGES = (_BENCH.parent / "README.md", _BENCH / "README.md")

@@ -11,8 +11,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from bench.tables import markdown, prose
+from bench.tables import prose
 from bench.training import QUICK, finish_run
+from train.tables import markdown
 
 RUNS = Path("runs")
 SEEDS = (0, 1, 2)

@@ -1,23 +1,11 @@
-"""Markdown tables and text that are also readable on a terminal."""
+"""Text of the benchmarks' tables."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
 
-
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table of rows, the first of which is the header. All columns but the first are right-aligned."""
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    lines = []
-    for row in rows:
-        cells = [
-            cell.ljust(width) if number == 0 else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-    return "\n".join([lines[0], "| " + " | ".join(rule) + " |", *lines[1:]])
+from train.tables import quantity
 
 
 def prose(text: str) -> str:
@@ -30,22 +18,6 @@ def bullets(lines: Sequence[str]) -> str:
     return "\n".join(textwrap.indent(prose(line), "  ").replace("  ", "- ", 1) for line in lines)
 
 
-def quantity(value: float) -> str:
-    """Three significant digits: 1,234 · 123 · 12.3 · 1.23."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
-
-
 def spread(times: Mapping[str, float]) -> str:
     """The quartiles of a result of `bench.steps.milliseconds`: 1.23-1.45."""
     return f"{quantity(times['low'])}-{quantity(times['high'])}"
-
-
-def size(count: float) -> str:
-    """Bytes in MB (10^6 bytes)."""
-    return f"{quantity(count / 1e6)} MB"
-
-
-def mebibytes(count: float) -> str:
-    """Bytes in MiB."""
-    text = f"{count / 2**20:,.0f}" if abs(count) >= 10 * 2**20 else f"{count / 2**20:.1f}"
-    return "0" if text in ("0.0", "-0.0") else text

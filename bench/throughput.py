@@ -27,12 +27,13 @@ from bench.steps import (
     ratio,
     time_once,
 )
-from bench.tables import markdown, prose, quantity, size, spread
+from bench.tables import prose, spread
 from lora import count_parameters
 from model import HEAD
 from model.fast import DTYPES
 from train.config import Recipe
 from train.hardware import resolve_device, resolve_precision
+from train.tables import markdown, quantity, size
 from train.trained import save_trained
 
 

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 EMBEDDED = "minilm"
-HEAD = ("classifier",)  # the newly initialised module of RobertaForSequenceClassification
 _HUB_FILES = [
     "config.json",
     "model*.safetensors*",

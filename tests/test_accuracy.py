@@ -9,11 +9,10 @@ import pytest
 
 from bench import accuracy
 from bench.accuracy import QUERY_VALUE, Cell, Mode
-from bench.significance import mcnemar, mean_and_interval
 from bench.training import finish_run
 from train.config import load_recipe
-from train.job import PREDICTIONS
-from train.runs import CONFIG, SUMMARY
+from train.runs import CONFIG, PREDICTIONS, SUMMARY
+from train.significance import mcnemar, mean_and_interval
 
 
 def test_the_interval_is_students():

@@ -24,10 +24,10 @@ from bench.steps import (
     memory_bytes,
     milliseconds,
 )
-from bench.tables import markdown
 from lora.modules import train_only
 from model import HEAD, speed_up
 from train.runs import RunError
+from train.tables import markdown
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent

@@ -14,7 +14,8 @@ import torch
 from transformers import BertModel
 
 from model import ModelError, load_base
-from model.minilm import PACKAGE, package_folder
+from model.minilm import PACKAGE
+from model.packages import package_folder
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """Whole runs on a tiny model: what they leave, that they repeat, and that they go on where they stopped."""
 
+import csv
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -63,6 +65,24 @@ def test_a_run_leaves_what_the_readme_says(run, recipe):
     assert summary["precision"] == "fp32"
     assert np.sum(summary["test_confusion_matrix"]) == 9
     assert (folder / "config.toml").read_text() == f"# recipe: tiny\n{recipe.to_toml()}"
+
+
+def test_the_predictions_are_those_of_the_test_texts(run, recipe):
+    folder, summary = run
+    test = load_news(recipe.data, recipe.validation_fraction, recipe.seed).test
+    with (folder / "test_predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    digests = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in test["text"]]
+    assert [row["digest"] for row in rows] == digests
+    labels = summary["labels"]
+    assert [labels.index(row["label"]) for row in rows] == test["label"][:]
+    confusion = np.zeros((3, 3), int)
+    for row in rows:
+        probabilities = [float(row[f"p({label})"]) for label in labels]
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)  # three, with six digits each
+        assert labels[int(np.argmax(probabilities))] == row["prediction"]
+        confusion[labels.index(row["label"]), labels.index(row["prediction"])] += 1
+    assert confusion.tolist() == summary["test_confusion_matrix"]
 
 
 def test_the_loss_falls_and_the_news_is_learnt(run):
@@ -373,6 +393,23 @@ def test_evaluate_repeats_the_summary(run, capsys, csv_folder):
     assert f"accuracy {summary['test_accuracy']:.4f}" in capsys.readouterr().out
     assert evaluate.main([str(folder / "adapter"), "--data", str(csv_folder), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["confusion_matrix"] == summary["test_confusion_matrix"]
+
+
+def test_evaluate_scores_several_runs_in_one_call(run, head_run, capsys, tmp_path):
+    both, accuracy = [str(run[0]), str(head_run)], run[1]["test_accuracy"]
+    assert evaluate.main(both) == 0
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["accuracy", "95%", "interval", "macro", "F1", "rows", "data"]
+    assert [row.split()[0] for row in rows] == both
+    assert rows[0].split()[1] == f"{accuracy:.4f}"
+    assert evaluate.main([*both, "--json"]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [first["run"], second["run"]] == both
+    assert (first["accuracy"], first["rows"]) == (accuracy, 9)
+    assert evaluate.main([*both, str(tmp_path / "nowhere")]) == 2  # before any run is scored
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "nowhere: there is no such folder" in err
 
 
 def test_evaluate_refuses_other_classes(run, tmp_path, capsys):

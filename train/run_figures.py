@@ -11,8 +11,11 @@ import numpy as np
 
 mpl.use("Agg")  # files only, no window
 from matplotlib import pyplot as plt
+from matplotlib.lines import Line2D
 
 from train.metrics import Scores
+from train.tables import excerpt
+from train.themes import CYCLE, GREY
 
 _BLUE, _ORANGE, _GREEN = "#2f6db3", "#d9822b", "#3a8f5c"
 _MOST_CLASSES = 30
@@ -118,4 +121,43 @@ def _report(scores: Scores, labels: tuple[str, ...]) -> Any:
     axes.set_title(shown)
     axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08), fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def save_comparison(path: Path, logs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> None:
+    """Writes the figure of `draw_comparison` in the format that the ending of `path` names."""
+    figure = draw_comparison(logs)
+    figure.savefig(path, dpi=140, bbox_inches="tight")
+    plt.close(figure)
+
+
+def draw_comparison(logs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Any:
+    """Accuracy and loss by epoch of several runs. logs: the name and the lines of metrics.jsonl of each."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(5.2, 6.4), sharex=True)
+    for number, (name, lines) in enumerate(logs):
+        style = {"color": CYCLE[number % len(CYCLE)], "marker": "os^Dv*"[number // len(CYCLE) % 6], "ms": 4}
+        validated = [line for line in lines if line.keys() >= {"epoch", "val_accuracy", "val_loss"}]
+        logged = [line for line in lines if "epoch" in line and line.get("loss") is not None]
+        epochs = [line["epoch"] for line in validated]
+        top.plot(
+            epochs,
+            [100 * line["val_accuracy"] for line in validated],
+            **style,
+            label=plain(excerpt(name, 48)),
+        )
+        bottom.plot(epochs, [line["val_loss"] for line in validated], **style)
+        bottom.plot(
+            [line["epoch"] for line in logged], [line["loss"] for line in logged],
+            linestyle=":", lw=1.3, color=style["color"],
+        )  # fmt: skip
+    top.set_ylabel("validation accuracy, %")
+    top.legend(loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    bottom.set(xlabel="epoch", ylabel="cross-entropy, nats", ylim=(0, None))
+    bottom.legend(
+        [Line2D([], [], color=GREY, marker="o", ms=4), Line2D([], [], color=GREY, ls=":", lw=1.3)],
+        ["validation", "training (with label smoothing and dropout)"], frameon=False, fontsize=8,
+    )  # fmt: skip
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
     return figure

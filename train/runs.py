@@ -5,7 +5,7 @@ weights.safetensors    the trained weights (method = full or head)
 config.toml            the recipe
 metrics.jsonl          one line per logged step and epoch
 checkpoint/            the last two checkpoints
-test_predictions.csv   label and prediction of each test article
+test_predictions.csv   class, prediction, digest and probabilities of each test text (predictions.py)
 figures/               learning curves, confusion matrix, classification report
 summary.json           the results; written last, so its presence marks a finished run
 """
@@ -16,7 +16,10 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
+import reprlib
 import shlex
+import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -36,26 +39,27 @@ CHECKPOINT = "checkpoint"
 PREDICTIONS = "test_predictions.csv"
 FIGURES = "figures"
 SUMMARY = "summary.json"
-SUMMARY_KEYS = {
-    "recipe",
-    "method",
-    "labels",
-    "test_accuracy",
-    "test_macro_f1",
-    "test_confusion_matrix",
-    "test_report",
-    "val_accuracy",
-    "best_epoch",
-    "epochs",
-    "lora_parameters",
-    "trainable_parameters",
-    "total_parameters",
-    "adapter_bytes",
-    "train_seconds",
-    "examples_per_second",
-    "padding_fraction",
-    "peak_memory_bytes",
-}  # what the text at the end of a run needs
+_NUMBER = (int, float)
+SUMMARY_KEYS: dict[str, type | tuple[type, ...]] = {
+    "recipe": str,
+    "method": str,
+    "labels": list,
+    "test_accuracy": _NUMBER,
+    "test_macro_f1": _NUMBER,
+    "test_confusion_matrix": list,
+    "test_report": list,
+    "val_accuracy": _NUMBER,
+    "best_epoch": int,
+    "epochs": int,
+    "lora_parameters": int,
+    "trainable_parameters": int,
+    "total_parameters": int,
+    "adapter_bytes": int,
+    "train_seconds": _NUMBER,
+    "examples_per_second": _NUMBER,
+    "padding_fraction": _NUMBER,
+    "peak_memory_bytes": int,
+}  # what the text at the end of a run and comparisons need
 _LOCK = ".lock"
 _NAME = "# recipe: "  # the first line of config.toml
 
@@ -81,8 +85,12 @@ def read_summary(folder: Path) -> dict[str, Any]:
     check_finished(folder)
     try:
         summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        if not (isinstance(summary, dict) and summary.keys() >= SUMMARY_KEYS):
+        if not (isinstance(summary, dict) and summary.keys() >= SUMMARY_KEYS.keys()):
             raise ValueError("some keys are missing")
+        for key, kind in SUMMARY_KEYS.items():
+            value = summary[key]
+            if not isinstance(value, kind) or (isinstance(value, float) and not math.isfinite(value)):
+                raise ValueError(f"{key} is {reprlib.repr(value)}")
     except (ValueError, RecursionError) as error:
         raise RunError(
             f"{folder / SUMMARY}: damaged: {error}; remove it, and `{resume_command(folder)}` writes it again"
@@ -177,3 +185,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: damaged: {error}") from error
     return lines
+
+
+if __name__ == "__main__":
+    # A module of its own imports this one under its name, so that RunError is one class.
+    from train.list_runs import main
+
+    sys.exit(main())

@@ -15,6 +15,7 @@ from train.hardware import device_name, peak_memory_bytes
 from train.loop import Trainer
 from train.metrics import Scores
 from train.runs import CONFIG
+from train.tables import duration
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy")
 
@@ -89,7 +90,7 @@ def summary_text(summary: dict[str, Any], folder: Path) -> str:
             f"  hardest class: {worst['label']}, F1 {worst['f1']:.4f}",
             f"trained {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters"
             f" ({share:.2%}){lora}",
-            f"cost {_duration(summary['train_seconds'])},"
+            f"cost {duration(summary['train_seconds'])},"
             f" {summary['examples_per_second']:.1f} articles per second,"
             f" {summary['padding_fraction']:.1%} padding,"
             f" peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB",
@@ -101,8 +102,3 @@ def summary_text(summary: dict[str, Any], folder: Path) -> str:
             *(lora_commands if summary["method"] == "lora" else []),
         ]
     )
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

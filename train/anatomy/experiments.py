@@ -28,6 +28,7 @@ from train.hardware import autocast, one_thread, resolve_device, resolve_precisi
 from train.inference import predict_logits
 from train.metrics import Scores
 from train.runs import RunError
+from train.tables import excerpt
 
 FACTORS = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 FULL_RANKS = (0, 1, 2, 4, 8, 16, 64)
@@ -165,7 +166,7 @@ def mistakes(
     return [
         {
             "row": row,
-            "text": _excerpt(test_set.split[row]["text"]),
+            "text": excerpt(test_set.split[row]["text"], _EXCERPT),
             "true": labels[int(test_set.rows.labels[row])],
             "predicted": labels[int(predicted[row])],
             "probability": float(probabilities[row].max()),
@@ -190,7 +191,7 @@ def trace(model: nn.Module, test_set: TestSet, text: str, labels: tuple[str, ...
         with enable_only(model, on), autocast(test_set.device, test_set.precision):
             logits = model(input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]).logits
         steps.append({"block": key, "logits": logits[0].float().tolist()})
-    return {"text": _excerpt(text), "labels": list(labels), "steps": steps}
+    return {"text": excerpt(text, _EXCERPT), "labels": list(labels), "steps": steps}
 
 
 def _ranks(r: int) -> list[int]:
@@ -221,8 +222,3 @@ def _restored(weights: dict[str, nn.Parameter]) -> Iterator[None]:
         with torch.no_grad():
             for name, parameter in weights.items():
                 parameter.copy_(before[name])
-
-
-def _excerpt(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= _EXCERPT else text[:_EXCERPT].rsplit(" ", 1)[0] + " …"

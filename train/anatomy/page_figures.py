@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cycler import cycler
 from matplotlib import pyplot as plt
 from matplotlib.lines import Line2D
 
@@ -17,16 +16,12 @@ from train.anatomy.run import middle_layers, position
 from train.metrics import Scores
 from train.run_figures import draw_confusion, draw_curves, plain
 from train.telemetry import watched_lines
+from train.themes import BLUE, CYCLE, GREEN, GREY, ORANGE, Drawing, draw_themes
 
-# Background, text and grid colours of the page's cards. Line colours have a contrast of 3 against both.
-THEMES = {"": ("#ffffff", "#1f2328", "#d0d7de"), "-dark": ("#161b22", "#e6edf3", "#3d444d")}
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#3b82d0", "#d9772b", "#2f9e63", "#9065d0", "#7d8590"
-CYCLE = (BLUE, ORANGE, GREEN, PURPLE, "#d6558c", "#8a8f1e")
 _SIZE = (5.2, 3.4)
 
 Facts = dict[str, Any]
 Layers = dict[str, Facts]
-Drawing = Callable[[], Any]
 
 
 def draw_figures(facts: Facts, scores: Scores, lines: list[Facts], folder: Path) -> dict[str, str]:
@@ -36,11 +31,8 @@ def draw_figures(facts: Facts, scores: Scores, lines: list[Facts], folder: Path)
     """
     found: dict[str, str] = {}
     for name, (alt, drawing) in _drawings(facts, scores, lines).items():
-        for suffix, (face, text, faint) in THEMES.items():
-            with plt.rc_context(_style(face, text, faint)):
-                figure = drawing()
-                figure.savefig(folder / f"{name}{suffix}.png", dpi=170, bbox_inches="tight")
-                plt.close(figure)
+        for suffix, png in draw_themes(drawing).items():
+            (folder / f"{name}{suffix}.png").write_bytes(png)
         found[name] = alt
     return found
 
@@ -97,16 +89,6 @@ def _drawings(facts: Facts, scores: Scores, lines: list[Facts]) -> dict[str, tup
                 alt, partial(_over_time, watched, names, key, label)
             )  # fmt: skip
     return found
-
-
-def _style(face: str, text: str, faint: str) -> Any:
-    return {
-        "figure.facecolor": face, "axes.facecolor": face, "savefig.facecolor": face, "text.color": text,
-        "axes.labelcolor": text, "axes.titlecolor": text, "axes.edgecolor": faint, "xtick.color": text,
-        "ytick.color": text, "grid.color": faint, "legend.labelcolor": text, "axes.axisbelow": True,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False, "font.size": 10,
-        "legend.frameon": False, "legend.fontsize": 8.5, "axes.prop_cycle": cycler(color=CYCLE),
-    }  # fmt: skip
 
 
 def _axes(**labels: Any) -> tuple[Any, Any]:

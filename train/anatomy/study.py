@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 
 from lora.errors import first_line
 from lora.storage import write_atomically
-from model.minilm import DataPackageMissingError
+from model.packages import DataPackageMissingError
 from train.anatomy.experiments import Report, TestSet, mistakes, run_experiments, score, trace, truncate_full
 from train.anatomy.measure import (
     EPSILON,
@@ -24,18 +22,19 @@ from train.anatomy.measure import (
     measure,
     measure_amplification,
 )
-from train.anatomy.page_figures import THEMES, draw_figures
+from train.anatomy.page_figures import draw_figures
 from train.anatomy.run import Run, check_same_start, load_run, middle_layers, short_name
 from train.data import DataError
 from train.hardware import one_thread
 from train.metrics import Scores
+from train.page import data_uri, page_template
 from train.runs import METRICS, RunError, read_log
 from train.telemetry import watched_lines
+from train.themes import THEMES
 
 FOLDER = "anatomy"
 FACTS = "anatomy.json"
 PAGE = "report.html"
-_TEMPLATES = Path(__file__).parent.parent / "templates"
 
 
 def study(
@@ -85,24 +84,17 @@ def study(
 
 def render(facts: dict[str, Any], scores: Scores, figures: dict[str, str], folder: Path) -> str:
     """The text of report.html: the template with facts and figures, images embedded, text escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["short"] = short_name
-    environment.filters["targets"] = lambda targets: (
-        targets if isinstance(targets, str) else ", ".join(targets)
-    )
     images = {
-        name + suffix: "data:image/png;base64,"
-        + base64.b64encode((folder / f"{name}{suffix}.png").read_bytes()).decode()
+        name + suffix: data_uri((folder / f"{name}{suffix}.png").read_bytes())
         for name in figures
         for suffix in THEMES
-    }  # fmt: skip
-    return environment.get_template("anatomy.html").render(
+    }
+    template = page_template(
+        "anatomy.html",
+        short=short_name,
+        targets=lambda targets: targets if isinstance(targets, str) else ", ".join(targets),
+    )
+    return template.render(
         **facts,
         report=scores.report(tuple(facts["run"]["labels"])),
         figures=figures,

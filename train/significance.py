@@ -1,4 +1,4 @@
-"""Tests whether a difference is more than noise: an interval over seeds, a paired test over articles."""
+"""Tests whether a difference is more than noise: intervals over seeds and texts, a paired test over texts."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 # The 97.5% quantile of Student's t by degrees of freedom, from 1.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_Z = statistics.NormalDist().inv_cdf(0.975)
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
@@ -20,6 +21,19 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values), _T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def wilson(correct: int, rows: int) -> tuple[float, float]:
+    """Wilson's 95% interval of an accuracy, from the number of correct rows (Wilson 1927).
+
+    Unlike the normal approximation it has a width at 0 and 1 too. It is (0, 1) if there are no rows.
+    """
+    if rows == 0:
+        return 0.0, 1.0
+    p, z = correct / rows, _Z * _Z / rows
+    centre = (p + z / 2) / (1 + z)
+    half_width = math.sqrt(p * (1 - p) * z + z * z / 4) / (1 + z)
+    return max(0.0, centre - half_width), min(1.0, centre + half_width)
+
+
 def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, float]:
     """McNemar's exact test of two classifiers on the same articles (McNemar 1947).
 
@@ -30,5 +44,8 @@ def mcnemar(first: Sequence[bool], second: Sequence[bool]) -> tuple[int, int, fl
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
     differ, fewer = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(differ, k) for k in range(fewer + 1)) / 2**differ
-    return only_first, only_second, min(1.0, 2 * tail)
+    ways = tail = 1  # ways in which `differ` coins show k heads, and their sum up to k = `fewer`
+    for k in range(fewer):
+        ways = ways * (differ - k) // (k + 1)
+        tail += ways
+    return only_first, only_second, min(1.0, 2 * tail / 2**differ)
