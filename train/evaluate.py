@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from model import speed_up
 from train.batches import encode
-from train.command import run_command
+from train.command import CommandParser, run_command
 from train.config import Recipe
 from train.data import load_news
 from train.hardware import resolve_device, resolve_precision
@@ -22,9 +21,8 @@ from train.trained import load_trained
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 success, 2 an error that the message explains."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.evaluate",
-        description="Scores a run, or an adapter's folder, on the test split of its own data or of D.",
+    parser = CommandParser(
+        "train.evaluate", "Scores a run, or an adapter's folder, on the test split of its own data or of D."
     )
     parser.add_argument("run", type=Path, metavar="RUN")
     parser.add_argument(
@@ -40,7 +38,7 @@ def _print_scores(folder: Path, data: str | None, as_json: bool) -> None:
     scores: Scores = result["scores"]
     labels, rows = result["labels"], int(result["scores"].confusion.sum())
     if not as_json:
-        print(f"{folder} on the {rows:,} test articles of {result['data']}")
+        print(f"{folder} on the {rows:,} test texts of {result['data']}")
         print(f"accuracy {scores.accuracy:.4f}  macro F1 {scores.macro_f1:.4f}\n")
         print(scores.table(labels))
         return

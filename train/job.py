@@ -35,6 +35,7 @@ from train.metrics import Scores
 from train.run_figures import draw_all
 from train.runs import (
     CHECKPOINT,
+    CONFIG,
     FIGURES,
     METRICS,
     PREDICTIONS,
@@ -45,6 +46,7 @@ from train.runs import (
     prepare_folder,
     read_log,
     read_summary,
+    run_recipe,
     write_recipe,
 )
 from train.signals import InterruptedRunError, deferred_signals
@@ -68,16 +70,19 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
     Raises UserError (RunError, DataError, ModelError, RecipeError, CheckpointError, TrainingError),
     InterruptedRunError.
     """
+    recipe = recipe.with_absolute_paths()
     if prepare_folder(folder, recipe, resume):
         return Result(read_summary(folder), was_finished=True)
     device = resolve_device(recipe.device, local_rank())
     precision = resolve_precision(recipe.precision, device)
     set_deterministic(recipe, device)
 
+    # As recorded, since checkpoints of earlier versions are identified by a recipe with relative paths.
+    recorded = run_recipe(folder) if resume and (folder / CONFIG).is_file() else recipe
     news = load_news(recipe.data, recipe.validation_fraction, recipe.seed, recipe.max_train_examples)
     model, tokenizer, counts = _make_model(recipe, news)
     identity = {
-        "recipe": recipe.to_toml(),
+        "recipe": recorded.to_toml(),
         "data": news.digest(),
         "base model": digest(dict(model.named_parameters()) | dict(model.named_buffers()), {}),
         "config of the base model": json.dumps(config_fields(model), sort_keys=True),
@@ -89,7 +94,7 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
     with join_world(device) as world, locked(folder) if world.is_main else contextlib.nullcontext():
         if world.is_main:
             prepare_folder(folder, recipe, resume)  # again, because another run may have taken the lock first
-            write_recipe(folder, name, recipe)
+            write_recipe(folder, name, recorded)
         train, validation, test = (
             _encode_once(split, tokenizer, recipe.max_length_tokens, world)
             for split in (news.train, news.validation, news.test)
@@ -114,7 +119,7 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
             console.say(
                 f"{name}: {recipe.model} on {recipe.data}, {recipe.method}, {precision} on"
                 f" {device_name(device)}{processes}\n"
-                f"{len(train)} training, {len(validation)} validation, {len(test)} test articles,"
+                f"{len(train)} training, {len(validation)} validation, {len(test)} test texts,"
                 f" {len(news.labels)} classes\n{counts}"
             )
             if resume:
@@ -151,11 +156,6 @@ def _make_model(recipe: Recipe, news: News) -> tuple[PreTrainedModel, Any, Param
             f"max_length_tokens: {recipe.max_length_tokens}, and {recipe.model} reads {longest} at most"
         )
     if recipe.method == "lora":
-        width = model.config.hidden_size
-        if recipe.r > width:
-            raise RecipeError(
-                f"r: {recipe.r:,} is more than the rank of a weight of {recipe.model}, {width:,}"
-            )
         try:
             inject(model, recipe.lora_config(), seed=recipe.seed)
         except (TypeError, ValueError, RuntimeError) as error:  # a pattern, or a rank too large for memory
@@ -234,7 +234,7 @@ def _save_results(
 
 
 def _save_predictions(path: Path, truth: np.ndarray, predicted: np.ndarray, labels: tuple[str, ...]) -> None:
-    """One row per test article, in the order of the data, for paired tests between runs."""
+    """One row per test text, in the order of the data, for paired tests between runs."""
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
     rows.writerow(("label", "prediction"))

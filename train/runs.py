@@ -16,7 +16,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import shlex
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from typing import Any
 
 from lora.errors import UserError
 from lora.storage import write_atomically
-from train.command import python
+from train.command import shell_command
 from train.config import Recipe, make_recipe
 
 ADAPTER = "adapter"
@@ -93,14 +92,14 @@ def read_summary(folder: Path) -> dict[str, Any]:
 def check_finished(folder: Path) -> None:
     """Raises RunError if there is no such folder, or if the run in it is not finished."""
     if not folder.is_dir():
-        raise RunError(f"{folder}: there is no such folder")
+        raise RunError(f"{folder}: {'not a folder' if folder.exists() else 'there is no such folder'}")
     if (folder / CONFIG).is_file() and not (folder / SUMMARY).is_file():
         raise RunError(f"{folder}: the run is not finished; `{resume_command(folder)}` continues it")
 
 
 def resume_command(folder: Path) -> str:
     """The command that continues the run in `folder`."""
-    return f"{python()} -m train --resume --output {shlex.quote(str(folder))}"
+    return shell_command("train", "--resume", "--output", folder)
 
 
 def recipe_name(folder: Path) -> str:
@@ -112,7 +111,7 @@ def recipe_name(folder: Path) -> str:
 def prepare_folder(folder: Path, recipe: Recipe, resume: bool) -> bool:
     """Checks that `recipe` can be run or resumed in `folder`. Returns whether the run is finished already.
 
-    Raises RunError.
+    recipe: with absolute paths. Raises RunError.
     """
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder}: not a folder")
@@ -131,8 +130,9 @@ def prepare_folder(folder: Path, recipe: Recipe, resume: bool) -> bool:
         raise RunError(f"{folder}: no such folder, so there is no run to resume; omit --resume to start one")
     if names and CONFIG not in names:
         raise RunError(f"{folder}: it holds files but no {CONFIG}, so there is no run to resume")
-    if names and run_recipe(folder) != recipe:
-        before, now = dataclasses.asdict(run_recipe(folder)), dataclasses.asdict(recipe)
+    # Runs of earlier versions recorded relative paths.
+    if names and (recorded := run_recipe(folder).with_absolute_paths()) != recipe:
+        before, now = dataclasses.asdict(recorded), dataclasses.asdict(recipe)
         changed = [
             f"{key} = {before[key]!r} there, {key} = {now[key]!r} now"
             for key in now
