@@ -63,7 +63,7 @@ class Adapter:
     fingerprint: dict[str, Any]
     metadata: dict[str, Any]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         """The settings, and one line for all blocks of the model: tensor, shape, how many."""
         same = Counter(
             (re.sub(r"\.\d+(?=\.)", ".*", name), tuple(t.shape)) for name, t in self.tensors.items()
@@ -72,8 +72,6 @@ class Adapter:
         config = self.config
         settings = f"r={config.r}, lora_alpha={config.lora_alpha}, target_modules={config.target_modules!r}"
         return "\n".join([f"LoRA adapter of {self.base!r}: {settings}", *rows])
-
-    __repr__ = __str__
 
 
 def save_adapter(

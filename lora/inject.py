@@ -19,20 +19,15 @@ from lora.modules import ends_with, has_adapter, modules_once, train_only
 
 @dataclass(frozen=True, repr=False)
 class Injection:
-    """The full names of the modules that each pattern matched. It prints as a table.
-
-    adapted: by pattern of target_modules. saved: by name in modules_to_save.
-    """
+    """The full names matched: adapted by pattern of target_modules, saved by name in modules_to_save."""
 
     adapted: dict[str, tuple[str, ...]]
     saved: dict[str, tuple[str, ...]]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"LoRA on {pattern!r}: {_summary(names)}" for pattern, names in self.adapted.items()]
         lines += [f"trained in full, {pattern!r}: {_summary(names)}" for pattern, names in self.saved.items()]
         return "\n".join(lines)
-
-    __repr__ = __str__
 
 
 def inject(
@@ -47,15 +42,15 @@ def inject(
     Outputs in eval mode stay the same bit for bit, because lora_B starts at zero. Two exceptions: adding
     zero turns -0.0 into 0.0, and an A·x that overflows gives NaN. layer: LoRALinear or a subclass of it.
 
-    Raises RuntimeError if the model has an adapter, ValueError if a pattern matches nothing or if r is more
-    than min(in, out) of a layer, TypeError if a pattern matches a module that cannot be adapted, or if a
-    module in modules_to_save cannot train. The model is then unchanged. A signal, such as Ctrl-C, takes
-    effect before or after the change.
+    Raises RuntimeError if the model has an adapter, ValueError if a pattern matches nothing or r is above
+    min(in, out), TypeError if a module cannot be adapted or cannot train. The model is then unchanged.
+    A signal, such as Ctrl-C, takes effect before or after the change.
     """
     if has_adapter(model):
         raise RuntimeError("the model has an adapter already; eject it first")
     injection = find_targets(model, config)
-    _refuse_unmatched(model, config, injection)
+    _refuse_unmatched(model, "target_modules", injection.adapted, config)
+    _refuse_unmatched(model, "modules_to_save", injection.saved, config)
     with uninterrupted():
         swap_in(model, config, injection, build_layers(model, config, injection, layer, seed))
     return injection
@@ -66,8 +61,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
 
     Modules inside modules_to_save are excluded, as in PEFT, because they are trained in full.
 
-    Raises TypeError if a module cannot be adapted, or if one in modules_to_save cannot train, ValueError if
-    a rank is larger than the rank of a layer's weight can be.
+    Raises TypeError if a module cannot be adapted or cannot train, ValueError if r is above min(in, out).
     """
     targets = config.target_modules
     modules = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
@@ -90,8 +84,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
                 raise TypeError(f"{where}, whose weight is not a Parameter (pruned?)")
             if "forward" in vars(modules[name]):
                 raise TypeError(f"{where}, whose forward is patched; the patch would be lost")
-            r, rank = config.for_layer(name)["r"], min(modules[name].weight.shape)
-            if r > rank:
+            if (r := config.for_layer(name)["r"]) > (rank := min(modules[name].weight.shape)):
                 raise ValueError(f"r: {r:,} is more than {rank:,}, the largest rank of the weight of {name}")
     for name in sorted({name for matched in saved.values() for name in matched}):
         for key, parameter in modules[name].named_parameters():
@@ -149,19 +142,15 @@ def refuse_merged(module: nn.Module, _state_dict: Any, prefix: str, *_: Any) -> 
             raise RuntimeError(f"{name or 'the layer'}: load_state_dict into a merged layer; unmerge first")
 
 
-def _refuse_unmatched(model: nn.Module, config: LoraConfig, injection: Injection) -> None:
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    ends = sorted({name.rpartition(".")[2] for name in linears})
-    for pattern in (pattern for pattern, names in injection.adapted.items() if not names):
-        if isinstance(config.target_modules, str) and any(ends_with(name, pattern) for name in linears):
-            raise ValueError(
-                f"target_modules: the string {pattern!r} is a regular expression for whole names and "
-                f"matches none; use the tuple ({pattern!r},) for names that end with it"
-            )
-        raise ValueError(f"target_modules: {pattern!r} matches no module; names end with {', '.join(ends)}")
-    for pattern in (pattern for pattern, names in injection.saved.items() if not names):
-        known = ", ".join(name for name, _ in model.named_children())
-        raise ValueError(f"modules_to_save: {pattern!r} matches no module; names end with {known}")
+def _refuse_unmatched(model: nn.Module, field: str, matches: dict[str, Any], config: LoraConfig) -> None:
+    ends = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+    if field == "modules_to_save":
+        ends = [name for name, _ in model.named_children()]
+    for pattern, names in matches.items():
+        if not names:
+            why = f" is a regular expression for whole names, unlike ({pattern!r},), and"
+            why = why if pattern == config.target_modules else ""
+            raise ValueError(f"{field}: {pattern!r}{why} matches no module; names end with {', '.join(ends)}")
 
 
 def derived_seed(*parts: object) -> int:

@@ -189,7 +189,7 @@ def _unavailable(name: str, reason: str) -> str:
     return (
         f"{name}: there is no such folder, no complete model in the hub's cache, and {reason}; "
         "without the hub, use --model FOLDER with config.json, model.safetensors and the tokenizer's files, "
-        "or --model minilm, the embedded model"
+        "or the embedded model, as `make train` does"
     )
 
 

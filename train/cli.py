@@ -88,7 +88,8 @@ def _explain(unknown: Sequence[str]) -> str:
     """What to write instead of arguments that are not flags of this command."""
     flag, _, value = unknown[0].partition("=")
     if not flag.startswith("-"):
-        return f"{unknown[0]}: not a flag; name a recipe with --recipe, and set each field with its own --set"
+        instead = f"--set {shlex.quote(unknown[0])}" if value else "--recipe for a recipe, --set for a field"
+        return f"{unknown[0]}: not a flag; use {instead}"
     values = itertools.takewhile(lambda word: not word.startswith("-"), unknown[1:])
     value = value or ",".join(values)
     if field := field_meant(flag.lstrip("-")):

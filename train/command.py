@@ -52,7 +52,10 @@ def run_command(command: Callable[[], int | None]) -> int:
         _discard_stdout()
         return 0
     except (UserError, OSError) as error:
-        code = print_error(str(error))
+        message = str(error)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            message = f"{error.filename}: {error.strerror}"  # without the number of the error
+        code = print_error(message)
         _discard_stdout()
         return code
 

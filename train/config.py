@@ -175,15 +175,18 @@ def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> tuple[st
     known = sorted(file.stem for file in RECIPES.glob("*.toml"))
     path = RECIPES / f"{name}.toml" if name in known else Path(name)
     try:
-        if not (name in known or path.suffix == ".toml" or path.is_file()):
-            raise RecipeError(f"recipe {name!r}: {nearest(name, known)}")
-        recipe = make_recipe(tomllib.loads(path.read_text(encoding="utf-8")))
+        named = name in known or path.suffix == ".toml" or path.is_file()
+        fields = tomllib.loads(path.read_text(encoding="utf-8")) if named else None
     except OSError as error:
         raise RecipeError(f"{reprlib.repr(name)}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        if isinstance(error, RecipeError):
-            raise RecipeError(f"{path.name}: {error}") from error
         raise RecipeError(f"{path}: not TOML: {error}") from error
+    if fields is None:
+        raise RecipeError(f"there is no recipe {name!r}; {nearest(name, known)}")
+    try:
+        recipe = make_recipe(fields)
+    except RecipeError as error:
+        raise RecipeError(f"{path.name}: {error}") from error
     return path.stem, recipe.changed(changes or {})
 
 
@@ -192,7 +195,8 @@ def make_recipe(fields: Mapping[str, Any]) -> Recipe:
     known = [field.name for field in dataclasses.fields(Recipe)]
     for name in fields:
         if name not in known:
-            hint = f"did you mean {meant!r}?" if (meant := field_meant(name)) else nearest(name, known)
+            meant = field_meant(name)
+            hint = f"did you mean {meant!r}?" if meant else nearest(name, known)
             raise RecipeError(f"{reprlib.repr(name)}: there is no such field; {hint}")
     return Recipe(**fields)
 
@@ -210,7 +214,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     Raises RecipeError.
     """
     key, separator, text = setting.partition("=")
-    if not separator:
+    if not separator or not key.strip():
         raise RecipeError(f"--set {setting}: not of the form key=value, without spaces around =")
     try:
         value = tomllib.loads(f"x = {text}")["x"]

@@ -142,6 +142,8 @@ def _read_csv(path: Path, names: tuple[str, ...], known: tuple[str, ...]) -> tup
                 header = [cell.strip().lower() for cell in row]
                 if sorted(header) == ["label", "text"]:
                     continue
+                if {"label", "text"} < set(header):
+                    raise DataError(f"{where}: the header is {','.join(header)} instead of text,label alone")
                 header = []
             if header:
                 text, name = _labelled_row(where, row, header, known)

@@ -15,7 +15,7 @@ from train.data import load_news
 from train.hardware import resolve_device, resolve_precision
 from train.inference import predict_logits
 from train.metrics import Scores
-from train.runs import CONFIG, RunError, run_recipe
+from train.runs import CONFIG, RunError, check_finished, run_recipe
 from train.trained import load_trained
 
 
@@ -59,6 +59,7 @@ def evaluate(folder: Path, data: str | None) -> dict[str, Any]:
     data: other data than the run's own. Raises RunError if its classes differ from the model's, and what
     loading raises.
     """
+    check_finished(folder)
     is_run = (folder / CONFIG).is_file()
     recipe = run_recipe(folder) if is_run else Recipe()
     if data is None and not is_run:

@@ -13,7 +13,7 @@ import safetensors
 from lora import eject
 from lora.modules import has_adapter
 from train.command import CommandParser, run_command
-from train.runs import RunError
+from train.runs import RunError, refuse_file
 from train.trained import load_trained
 
 
@@ -39,7 +39,8 @@ def export(run: Path, folder: Path) -> None:
 
     Raises RunError, OSError, and what loading raises.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    refuse_file(folder)
+    if folder.is_dir() and any(folder.iterdir()):
         raise RunError(f"{folder}: not an empty folder")
     trained = load_trained(run, text=True)
     if has_adapter(trained.model):

@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="a run's folder, or an adapter's folder from here or from PEFT"
     )
-    parser.add_argument("texts", nargs="*", metavar="TEXT")
+    parser.add_argument("texts", nargs="*", default=[], metavar="TEXT")
     parser.add_argument(
         "--json", action="store_true", help="print a JSON object per line, with the probability of each class"
     )

@@ -113,8 +113,7 @@ def prepare_folder(folder: Path, recipe: Recipe, resume: bool) -> bool:
 
     recipe: with absolute paths. Raises RunError.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder}: not a folder")
+    refuse_file(folder)
     # Names with a leading dot are the lock, and temporary files of a write that was killed.
     names = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
     if not resume:
@@ -140,6 +139,13 @@ def prepare_folder(folder: Path, recipe: Recipe, resume: bool) -> bool:
         ]
         raise RunError(f"{folder}: cannot resume with another recipe: {'; '.join(changed)}")
     return SUMMARY in names
+
+
+def refuse_file(folder: Path) -> None:
+    """Raises RunError if `folder` or a folder around it is a file."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{folder}: {'' if path == folder else f'{path} is '}not a folder")
 
 
 def write_recipe(folder: Path, name: str, recipe: Recipe) -> None:

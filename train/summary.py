@@ -96,7 +96,7 @@ def summary_text(summary: dict[str, Any], folder: Path) -> str:
             f"  hardest class: {worst['label']}, F1 {worst['f1']:.4f}",
             f"trained {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters"
             f" ({share:.2%}){lora}",
-            f"cost {_duration(summary['train_seconds'])},"
+            f"cost {duration(summary['train_seconds'])},"
             f" {summary['examples_per_second']:.1f} texts per second,"
             f" {summary['padding_fraction']:.1%} padding,"
             f" peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB",
@@ -108,6 +108,7 @@ def summary_text(summary: dict[str, Any], folder: Path) -> str:
     )
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A duration in minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"

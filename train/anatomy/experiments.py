@@ -29,6 +29,7 @@ from train.hardware import autocast, one_thread, resolve_device, resolve_precisi
 from train.inference import predict_logits
 from train.metrics import Scores
 from train.runs import RunError
+from train.summary import duration
 
 FACTORS = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 FULL_RANKS = (0, 1, 2, 4, 8, 16, 64)
@@ -121,8 +122,8 @@ def run_experiments(model: nn.Module, test_set: TestSet, whole: Score, report: R
             return found
 
         off = score_with(enable_only(model, ()))
-        minutes = (passes - 1) * (time.perf_counter() - started) / 60
-        report(f"scoring {passes - 1} changes of the adapter, which takes about {minutes:.1f} minutes")
+        seconds = (passes - 1) * (time.perf_counter() - started)
+        report(f"scoring {passes - 1} changes of the adapter, which takes about {duration(seconds)}")
         scores = {
             kind: {key: score_with(change) for key, change in by_key.items()}
             for kind, by_key in changes.items()
