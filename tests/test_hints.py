@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import write_csv_folder, write_hub_folder
+from conftest import StopsAtOnce, write_csv_folder, write_hub_folder
 
 from model.minilm import DataPackageMissingError, package_folder
 from train import cli, evaluate, predict
@@ -37,19 +37,6 @@ def place(tmp_path_factory):
     return folder
 
 
-class _StopsAtOnce:
-    """Stands for deferred_signals: Ctrl-C during the first step."""
-
-    def __init__(self, *_):
-        pass
-
-    def __enter__(self):
-        return [2]
-
-    def __exit__(self, *_):
-        return False
-
-
 def paste(line, monkeypatch):
     """Runs a printed command as a shell in the current folder would, but in this process."""
     words = shlex.split(line)
@@ -75,7 +62,7 @@ def test_every_printed_command_works_where_it_is_pasted(place, monkeypatch, caps
     monkeypatch.setattr("train.anatomy.study.draw_figures", lambda *_: {})
     monkeypatch.chdir(place)
     with monkeypatch.context() as patch:
-        patch.setattr("train.job.deferred_signals", _StopsAtOnce)
+        patch.setattr("train.job.deferred_signals", StopsAtOnce)
         assert cli.main(["--recipe", "recipes/my own.toml", "--output", "runs/a run"]) == 130
         (stopped,) = printed_commands(capsys)
         assert stopped.endswith(" -m train --resume --output " + shlex.quote(str(place / "runs/a run")))
@@ -144,13 +131,13 @@ def test_a_run_that_recorded_relative_paths_is_resumed(place, monkeypatch, capsy
     monkeypatch.chdir(place)
     flags = ["--recipe", "recipes/my own.toml", "--output", "old"]
     with monkeypatch.context() as patch:
-        patch.setattr("train.job.deferred_signals", _StopsAtOnce)
+        patch.setattr("train.job.deferred_signals", StopsAtOnce)
         patch.setattr(Recipe, "with_absolute_paths", lambda recipe: recipe)
         assert cli.main(flags) == 130
         before = (place / "old" / "config.toml").read_bytes()
     for more in ([], ["--model", str(place / "my model")]):
         with monkeypatch.context() as patch:
-            patch.setattr("train.job.deferred_signals", _StopsAtOnce)
+            patch.setattr("train.job.deferred_signals", StopsAtOnce)
             assert cli.main([*flags, *more, "--resume"]) == 130
         assert "resuming after step" in capsys.readouterr().err
     assert cli.main(["--resume", "--output", "old"]) == 0

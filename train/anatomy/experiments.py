@@ -111,23 +111,19 @@ def run_experiments(model: nn.Module, test_set: TestSet, whole: Score, report: R
     changes["truncated"] = {k: truncated(model, k) for k in _ranks(r) if 0 < k < r}
     changes["scaled"] = {factor: scaled(model, factor) for factor in FACTORS if factor not in (0, 1)}
 
-    passes = 1 + sum(map(len, changes.values()))
+    passes = sum(map(len, changes.values()))
     started = time.perf_counter()
+    with enable_only(model, ()):
+        off = test_set.score(model)
+    seconds = passes * (time.perf_counter() - started)
+    report(f"scoring {passes} changes of the adapter, which takes about {duration(seconds)}")
+    scores: dict[str, dict[Any, Score]] = {kind: {} for kind in changes}
     with tqdm(total=passes, desc="scoring", unit=" passes", disable=None, leave=False) as bar:
-
-        def score_with(change: AbstractContextManager[None]) -> Score:
-            with change:
-                found = test_set.score(model)
-            bar.update()
-            return found
-
-        off = score_with(enable_only(model, ()))
-        seconds = (passes - 1) * (time.perf_counter() - started)
-        report(f"scoring {passes - 1} changes of the adapter, which takes about {duration(seconds)}")
-        scores = {
-            kind: {key: score_with(change) for key, change in by_key.items()}
-            for kind, by_key in changes.items()
-        }
+        for kind, by_key in changes.items():
+            for key, change in by_key.items():
+                with change:
+                    scores[kind][key] = test_set.score(model)
+                bar.update()
     by_rank = {0: off, r: whole} | scores.pop("truncated")
     by_factor = {0.0: off, 1.0: whole} | scores.pop("scaled")
     return {
