@@ -17,7 +17,7 @@ import torch
 from bench import accuracy, anatomy, growth, inference, memory, merging, original, peers, recipes, throughput
 from bench.readme import RESULTS
 from lora.storage import write_atomically
-from train.command import run_command
+from train.command import CommandParser, print_error, run_command
 from train.data import DataError, load_news
 from train.hardware import device_name, keep_freed_memory, resolve_device
 
@@ -43,7 +43,9 @@ _ROOT = Path(__file__).parent.parent
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 success, 1 results that could not be saved, 2 an error that the message explains."""
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = CommandParser(
+        "bench", "Measures what LoRA costs and saves. Prints tables, and JSON as the last line."
+    )
     parser.add_argument(
         "part", nargs="?", default="all", choices=["all", *PARTS], help="all: " + ", ".join(ALL)
     )
@@ -63,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             load_news(options.data, validation_fraction=0.05, seed=0)  # an error now, not after an hour
         except DataError as error:
-            parser.error(f"--data: {error}")
+            return print_error(f"--data: {error}")
         if Path(options.data).is_dir():
             options.data = str(Path(options.data).resolve())
     return run_command(lambda: _measure(options))

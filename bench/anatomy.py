@@ -12,6 +12,7 @@ from typing import Any
 from bench.recipes import RUNS
 from bench.tables import bullets
 from train.anatomy.study import FACTS, FOLDER, study
+from train.command import shell_command
 from train.runs import RunError
 
 _RUN, _OTHER_SEED = RUNS / "quickstart", RUNS / "seed1"
@@ -20,7 +21,7 @@ _RUN, _OTHER_SEED = RUNS / "quickstart", RUNS / "seed1"
 def run(quick: bool) -> dict[str, Any]:
     """The extremes over the layers of anatomy.json, without scores if quick. Takes minutes.
 
-    Raises SystemExit if the runs do not exist.
+    Raises RunError if the runs do not exist.
     """
     with tempfile.TemporaryDirectory() as folder:
         folder_of_run = _RUN
@@ -30,9 +31,8 @@ def run(quick: bool) -> dict[str, Any]:
         try:
             page = study(folder_of_run, [_OTHER_SEED], matrix_only=quick, report=_report)
         except RunError as error:
-            raise SystemExit(
-                f"anatomy: {error}; `python -m bench recipes` trains the runs it needs"
-            ) from error
+            command = shell_command("bench", "recipes")
+            raise RunError(f"{error}; `{command}` trains the runs that this part needs") from error
         facts = json.loads(page.with_name(FACTS).read_text(encoding="utf-8"))
     layers = facts["layers"].values()
     similarity = facts["similarity"][0]["layers"].values()

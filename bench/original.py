@@ -24,8 +24,10 @@ from bench.baselines import with_peft
 from bench.steps import CONFIG
 from bench.tables import prose
 from lora import inject
+from lora.errors import UserError
 from model import load_base, speed_up
 from train.batches import Encoded, encode
+from train.command import CHECKOUT
 from train.config import Recipe, load_recipe
 from train.data import load_news
 from train.hardware import resolve_device, resolve_precision
@@ -38,11 +40,13 @@ MODEL = "random:roberta-base"
 def run(quick: bool, data: str | None = None) -> dict[str, Any]:
     """Trains on 512 rows of AG News from `data`, by default of bbc; each twice, so that drift shows.
 
-    Raises SystemExit if PEFT or accelerate is not installed.
+    Raises UserError if PEFT or accelerate is not installed.
     """
     for package in ("peft", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise SystemExit(f"original: {package} is not installed; `make bench-original` sets it up")
+            raise UserError(
+                f"original: {package} is not installed; `make bench-original` in {CHECKOUT} installs it"
+            )
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)
     # The settings are the original's; the precision is this machine's, for both.

@@ -7,11 +7,10 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from train.config import Recipe, load_recipe
+from train.config import load_recipe
 from train.runs import CONFIG, SUMMARY, RunError, run_recipe
 
 QUICK = {"epochs": 1, "max_length_tokens": 16, "max_train_examples": 64}  # recipe fields for a quick run
@@ -26,8 +25,8 @@ def finish_run(
 
     Raises RunError with the run's error message if it fails, or if the folder has a run of other settings.
     """
-    expected = load_recipe(recipe, settings)[1]
-    if (folder / CONFIG).is_file() and _resolved(run_recipe(folder)) != _resolved(expected):
+    expected = load_recipe(recipe, settings)[1].with_absolute_paths()
+    if (folder / CONFIG).is_file() and run_recipe(folder).with_absolute_paths() != expected:
         raise RunError(f"{folder}: it holds a run of other settings; remove it to run it again")
     if not (folder / SUMMARY).is_file():
         command = [sys.executable, "-m", "train", "--recipe", recipe, "--output", str(folder)]
@@ -41,8 +40,3 @@ def finish_run(
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
             raise RunError(f"{folder}: {lines[-1]}")
     return dict(json.loads((folder / SUMMARY).read_text()))
-
-
-def _resolved(recipe: Recipe) -> Recipe:
-    """The recipe with an absolute path if its data is a folder."""
-    return replace(recipe, data=str(Path(recipe.data).resolve())) if Path(recipe.data).is_dir() else recipe

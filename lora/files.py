@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import warnings
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +51,9 @@ class AdapterError(UserError, ValueError):
     """An adapter's folder that cannot be used. The message names the file and the problem."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Adapter:
-    """The contents of an adapter's folder, checked for damage but not against a model.
+    """The contents of an adapter's folder, checked for damage but not against a model. It prints as a table.
 
     base: the name of the model that the adapter was trained on. tensors: by the model's own names
     (`….query.lora_A`, `classifier.dense.weight`). fingerprint: of the base (lora/fingerprint.py), empty if
@@ -65,6 +67,16 @@ class Adapter:
     fingerprint: dict[str, Any]
     metadata: dict[str, Any]
     layer: str = ""
+
+    def __repr__(self) -> str:
+        """The settings, and one line for all blocks of the model: tensor, shape, how many."""
+        same = Counter(
+            (re.sub(r"\.\d+(?=\.)", ".*", name), tuple(t.shape)) for name, t in self.tensors.items()
+        )
+        rows = [f"{name}  {shape}  x {count}" for (name, shape), count in same.items()]
+        config = self.config
+        settings = f"r={config.r}, lora_alpha={config.lora_alpha}, target_modules={config.target_modules!r}"
+        return "\n".join([f"LoRA adapter of {self.base!r}: {settings}", *rows])
 
 
 def save_adapter(
@@ -174,7 +186,7 @@ def load_adapter(
         raise RuntimeError("the model has an adapter already; eject it first")
     try:
         injection = find_targets(model, config)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise AdapterError(f"{folder}: {error}") from error
     linears = _linears(model, injection)
     if not linears:

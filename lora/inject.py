@@ -21,12 +21,9 @@ from lora.mergeable import MergeableLinear
 from lora.modules import ends_with, modules_once, named_modules, train_only, unwrap
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Injection:
-    """The full names of the modules that each pattern matched.
-
-    adapted: by pattern of target_modules. saved: by name in modules_to_save.
-    """
+    """The full names matched: adapted by pattern of target_modules, saved by name in modules_to_save."""
 
     adapted: dict[str, tuple[str, ...]]
     saved: dict[str, tuple[str, ...]]
@@ -36,7 +33,7 @@ class Injection:
         """The names of all modules to adapt."""
         return [name for names in self.adapted.values() for name in names]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         lines = [f"LoRA on {pattern!r}: {_summary(names)}" for pattern, names in self.adapted.items()]
         lines += [f"trained in full, {pattern!r}: {_summary(names)}" for pattern, names in self.saved.items()]
         return "\n".join(lines)
@@ -44,7 +41,7 @@ class Injection:
 
 # Filled by lora/targets.py and lora/conv1d.py, which know torch's and transformers' modules:
 SPECIAL_TARGETS: dict[str, Callable[[nn.Module], list[str]]] = {}  # "all-linear": the names to adapt
-CHECKS: list[Callable[[nn.Module, Injection], None]] = []  # raise if a module cannot be adapted
+CHECKS: list[Callable[[nn.Module, LoraConfig, Injection], None]] = []  # raise if a module cannot be adapted
 # By the name of a class that is no nn.Linear but computes W·x + b: makes a layer class one that adapts it.
 CONVERSIONS: dict[str, Callable[[type[MergeableLinear]], type[MergeableLinear]]] = {}
 AFTER_SWAP: list[Callable[[nn.Module], None]] = []  # change modules around the adapted ones
@@ -63,15 +60,15 @@ def inject(
     zero turns -0.0 into 0.0, and an A·x that overflows gives NaN. layer: LoRALinear, or another subclass of
     MergeableLinear with the same constructor; `check_layer` tests one.
 
-    Raises RuntimeError if the model has an adapter, ValueError if a pattern matches nothing, TypeError if
-    it matches a module that cannot be adapted, or if a module in modules_to_save cannot train. The model
-    is then unchanged. A signal, such as Ctrl-C, takes effect before or after the change.
+    Raises RuntimeError if the model has an adapter, ValueError if a pattern matches nothing or r is above
+    min(in, out), TypeError if a module cannot be adapted or cannot train. The model is then unchanged.
+    A signal, such as Ctrl-C, takes effect before or after the change.
     """
     if any(isinstance(module, MergeableLinear) for module in model.modules()):
         raise RuntimeError("the model has an adapter already; eject it first")
     injection = find_targets(model, config)
-    _refuse_unmatched(model, "target_modules", injection.adapted)
-    _refuse_unmatched(model, "modules_to_save", injection.saved)
+    _refuse_unmatched(model, "target_modules", injection.adapted, config)
+    _refuse_unmatched(model, "modules_to_save", injection.saved, config)
     with uninterrupted(), unchanged_on_error(model):
         swap_in(model, config, injection, build_layers(model, config, injection, layer, seed))
     return injection
@@ -99,7 +96,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
 
     Modules inside modules_to_save are excluded, as in PEFT, because they are trained in full.
 
-    Raises TypeError if a module cannot be adapted, or if one in modules_to_save cannot train.
+    Raises TypeError if a module cannot be adapted or cannot train, ValueError if r is above min(in, out).
     """
     targets = config.target_modules
     modules = {name: module for name, module in named_modules(model) if name}
@@ -117,7 +114,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
         adapted[pattern] = tuple(name for name in matched if not f"{name}.".startswith(inside_saved))
     injection = Injection(adapted, saved)
     for check in CHECKS:
-        check(model, injection)
+        check(model, config, injection)
     return injection
 
 
@@ -164,13 +161,15 @@ def swap_in(
     unwrap(model).lora_config = config  # type: ignore[assignment]
 
 
-def _refuse_unmatched(model: nn.Module, field: str, matches: dict[str, tuple[str, ...]]) -> None:
-    known = sorted({name.rpartition(".")[2] for name, m in named_modules(model) if isinstance(m, nn.Linear)})
+def _refuse_unmatched(model: nn.Module, field: str, matches: dict[str, Any], config: LoraConfig) -> None:
+    ends = sorted({name.rpartition(".")[2] for name, m in named_modules(model) if isinstance(m, nn.Linear)})
     if field == "modules_to_save":
-        known = [name for name, _ in unwrap(model).named_children()]
+        ends = [name for name, _ in unwrap(model).named_children()]
     for pattern, names in matches.items():
         if not names:
-            raise ValueError(f"{field}: {pattern!r} matches no module; names end with {', '.join(known)}")
+            why = f" is a regular expression for whole names, unlike ({pattern!r},), and"
+            why = why if pattern == config.target_modules else ""
+            raise ValueError(f"{field}: {pattern!r}{why} matches no module; names end with {', '.join(ends)}")
 
 
 def derived_seed(*parts: object) -> int:

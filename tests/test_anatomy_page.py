@@ -200,7 +200,7 @@ def test_the_page_in_a_browser(report, tmp_path):
 
 def test_without_data_the_matrix_parts_are_written(runs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("train.anatomy.study.draw_figures", lambda *_: {})
-    shutil.copytree(runs / "run", tmp_path / "run")
+    shutil.copytree(runs / "run", tmp_path / "run", ignore=shutil.ignore_patterns("anatomy"))
     config = (tmp_path / "run" / "config.toml").read_text().splitlines()
     lost = "\n".join('data = "no/such/folder"' if line.startswith("data =") else line for line in config)
     (tmp_path / "run" / "config.toml").write_text(lost)
@@ -209,8 +209,15 @@ def test_without_data_the_matrix_parts_are_written(runs, tmp_path, capsys, monke
     facts = json.loads((tmp_path / "run" / "anatomy" / "anatomy.json").read_text())
     assert facts["layers"]
     assert facts["experiments"] is facts["trace"] is None
-    page = study(runs / "run", matrix_only=True)
+    page = study(tmp_path / "run", matrix_only=True)
     assert "Which parts matter?" not in page.read_text()
+
+
+def test_a_report_with_scores_is_not_replaced_by_one_without(runs, report, capsys):
+    before = (report / "anatomy.json").read_bytes()
+    assert command.main([str(runs / "run"), "--matrix-only"]) == 2
+    assert f"{report}: it holds a report with scores" in capsys.readouterr().err
+    assert (report / "anatomy.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -219,7 +226,7 @@ def test_without_data_the_matrix_parts_are_written(runs, tmp_path, capsys, monke
         (["nowhere"], "nowhere: there is no such folder"),
         (["."], "not a run (there is no config.toml)"),
         (["full"], "full: its method is full; only a LoRA run has an adapter to analyse"),
-        (["unfinished"], "the run is not finished; `python -m train --resume --output"),
+        (["unfinished"], "python -m train --resume --output"),
         (["damaged"], "summary.json: damaged"),
         (["run", "--full", "seed"], "seed: its method is lora; --full takes a run with method=full"),
         (["run", "--against", "full"], "full: its method is full"),

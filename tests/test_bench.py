@@ -24,6 +24,7 @@ from bench.steps import (
     memory_bytes,
     milliseconds,
 )
+from lora.errors import UserError
 from lora.modules import train_only
 from model import HEAD, speed_up
 from train.runs import RunError
@@ -215,8 +216,7 @@ def test_a_run_of_other_settings_is_an_error_without_traceback(monkeypatch, caps
 
 
 def test_missing_data_is_an_error_before_anything_runs(capsys):
-    with pytest.raises(SystemExit):
-        main(["accuracy", "--data", "./no/such"])
+    assert main(["accuracy", "--data", "./no/such"]) == 2
     assert "./no/such: there is no such folder" in capsys.readouterr().err
 
 
@@ -327,7 +327,7 @@ def test_a_baseline_that_is_not_installed_is_left_out_by_name(monkeypatch, capsy
 
 def test_the_original_needs_its_own_packages(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(SystemExit, match="peft is not installed.*make bench-original"):
+    with pytest.raises(UserError, match="peft is not installed.*make bench-original"):
         PARTS["original"].run(quick=True)
 
 

@@ -1,10 +1,13 @@
 """Recipes: read whole, checked whole, and a misspelt field names its neighbour."""
 
+from pathlib import Path
+
 import pytest
 
 from train.cli import main
 from train.config import RECIPES, Recipe, RecipeError, load_recipe, make_recipe, parse_setting
 
+ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
@@ -94,7 +97,28 @@ def test_the_defaults_are_a_recipe():
         (["--set", "epoch=3"], "did you mean 'epochs'"),
         (["--set", "epochs"], "not of the form key=value"),
         (["--model", ""], "model: empty"),
-        (["--no-such-flag"], "--no-such-flag"),
+        (["--recipe", "tests"], "there is no recipe 'tests'; choose one of minilm-agnews, quickstart"),
+        (["--set", "lr=0.1"], "--set 'lr': there is no such field; did you mean 'learning_rate'?"),
+        (["--set", "rank=4"], "--set 'rank': there is no such field; did you mean 'r'?"),
+        (["--set", "num_train_epochs=4"], "did you mean 'epochs'?"),
+        (["--set", "epochs=0"], "--set epochs: 0 is not at least 1"),
+        (["--set", "epochs", "=", "3"], "--set epochs: not of the form key=value"),
+        (["--set", "=3"], "--set =3: not of the form key=value"),
+        (["--set", "epochs=1", "r=4"], "r=4: not a flag; use --set r=4"),
+        (["--no-such-flag"], "--no-such-flag: there is no such flag; choose one of --recipe"),
+        (["--outptu", "x"], "--outptu: there is no such flag; did you mean '--output'?"),
+        (["--epochs", "1"], "--epochs: there is no such flag; use --set epochs=1"),
+        (["--lr=1e-3"], "--lr: there is no such flag; use --set learning_rate=1e-3"),
+        (["-r", "4"], "-r: there is no such flag; use --set r=4"),
+        (["--use-rslora"], "use --set use_rslora=true"),
+        (["--target-modules", "query", "value"], "use --set target_modules=query,value"),
+        (["--dataset", "my data"], "use --data 'my data'"),
+        (["quickstart"], "quickstart: not a flag; use --recipe"),
+        (["--set"], "argument --set: expected one argument"),
+        (["--data", "tests/conftest.py"], "tests/conftest.py: this is a file; give the folder that contains"),
+        (["--model", "tests/conftest.py"], "tests/conftest.py: this is a file; give the folder of a model"),
+        (["--output", "Makefile/run"], "Makefile/run: Makefile is not a folder"),
+        (["--set", "r=99999"], "r: 99,999 is more than 384, the largest rank of the weight of roberta"),
         (["--resume", "--output", "no/such/folder"], "no such folder"),
         (["--data", "no/such/folder/at/all"], "there is no such folder"),
         (["--model", "./nowhere"], "there is no such folder"),
@@ -104,11 +128,15 @@ def test_the_defaults_are_a_recipe():
         (["--set", "target_modules=q_proj"], "'q_proj' matches no module; names end with dense, key"),
     ],
 )
-def test_a_wrong_command_is_one_message_and_exit_code_2(flags, message, tmp_path, capsys):
+def test_a_wrong_command_is_one_message_and_exit_code_2(flags, message, tmp_path, capsys, monkeypatch):
     try:
+        monkeypatch.chdir(ROOT)
         code = main(["--output", str(tmp_path / "run"), *flags])
     except SystemExit as stop:  # argparse's own errors
         code = stop.code
     assert code == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
     assert not (tmp_path / "run").exists()

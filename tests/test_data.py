@@ -52,6 +52,7 @@ def test_a_quoted_line_break_and_an_empty_title_are_fine(tmp_path):
         (GOOD, "sport\ntech\n", "train.csv:3: class 'money' is not one of sport, tech"),
         ("text,label\n", None, "train.csv: it has no rows"),
         ("", None, "train.csv: it has no rows"),
+        ("text,label,id\na,x,1\n", None, "train.csv:1: the header is text,label,id instead of text,label"),
         ("text,label\na,x\nb,x\nc,x\n", None, "a single class, 'x'"),
         (GOOD, "money\nsport\ntech\n", "4 training rows for 3 classes"),
         (GOOD + "x,money\ny,sport\n", "money\nsport\ntech\n", "class 'tech' has 0 training rows"),

@@ -50,6 +50,16 @@ def reconfigure(folder, **changes):
     (folder / CONFIG_FILE).write_text(json.dumps({**fields, **changes}))
 
 
+def test_what_is_loaded_prints_as_a_short_table_without_tensors(folder):
+    text = repr(load_adapter(tiny_roberta(), folder))
+    assert str(read_adapter(folder)) == text
+    lines = text.splitlines()
+    assert lines[0].startswith("LoRA adapter of 'tiny': r=4, lora_alpha=8, target_modules=('query', 'value')")
+    assert "roberta.encoder.layer.*.attention.self.query.lora_A  (4, 32)  x 2" in lines
+    assert len(lines) == 1 + 2 * 2 + 4  # A and B of query and value, and the head's four tensors
+    assert "tensor(" not in text
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("save_merged", [False, True])
 def test_what_is_loaded_computes_what_was_saved_bit_for_bit(adapted, tmp_path, input_ids, save_merged):

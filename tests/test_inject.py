@@ -25,7 +25,7 @@ def test_the_report_says_which_pattern_matched_what(model, config):
     report = inject(model, config)
     assert report.adapted["query"] == tuple(f"{LAYER}.{i}.attention.self.query" for i in range(2))
     assert report.saved == {"classifier": ("classifier",)}
-    assert "2 layers" in str(report)
+    assert "2 layers" in str(report) == repr(report)
     assert set(lora_layers(model)) == {*report.adapted["query"], *report.adapted["value"]}
 
 
@@ -155,10 +155,34 @@ def test_ejecting_nothing_is_refused(model):
 
 def test_an_error_while_layers_are_made_leaves_the_model_as_it_was(model, config):
     modules = list(model.modules())
-    with pytest.raises(RuntimeError):  # value's lora_A would have 10¹³ rows
-        inject(model, dataclasses.replace(config, rank_pattern={"value": 10**13}))
+
+    class Failing(LoRALinear):
+        def __init__(self, linear, **settings):
+            super().__init__(linear, **settings)
+            if settings["r"] == 3:
+                raise MemoryError
+
+    with pytest.raises(MemoryError):
+        inject(model, dataclasses.replace(config, rank_pattern={"value": 3}), layer=Failing)
     assert list(model.modules()) == modules
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_rank_above_both_sides_of_a_weight_is_refused_by_name(model, config):
+    inject(model, dataclasses.replace(config, r=32))
+    eject(model)
+    with pytest.raises(ValueError, match=r"r: 33 is more than 32, .* roberta.encoder.layer.1.*value$"):
+        inject(model, dataclasses.replace(config, rank_pattern={"1.attention.self.value": 33}))
+    assert not hasattr(model, "lora_config")
+
+
+def test_one_string_that_matches_nothing_is_explained(model, config):
+    with pytest.raises(
+        ValueError, match=r"'query' is a regular expression.*unlike \('query',\).*end with dense"
+    ):
+        inject(model, dataclasses.replace(config, target_modules="query"))
+    with pytest.raises(ValueError, match=r"target_modules: 'q' matches no module"):
+        inject(model, dataclasses.replace(config, target_modules=("q",)))
 
 
 def test_what_was_injected_into_a_part_is_ejected_from_that_part(model, config):

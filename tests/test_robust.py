@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import content, randomise_adapter, tiny_roberta, write_hub_folder
+from conftest import StopsAtOnce, content, randomise_adapter, tiny_roberta, write_hub_folder
 from datasets import Dataset
 from torch import nn
 
@@ -264,21 +264,10 @@ def stopped(recipe, tmp_path_factory):
     base = write_hub_folder(place / "base")
     own = dataclasses.replace(recipe, model=str(base))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("train.job.deferred_signals", _stops_at_once)
+        patch.setattr("train.job.deferred_signals", StopsAtOnce)
         with pytest.raises(InterruptedRunError):
             run_job("tiny", own, place / "run")
     return place
-
-
-class _stops_at_once:
-    def __init__(self, *_):
-        pass
-
-    def __enter__(self):
-        return [2]
-
-    def __exit__(self, *_):
-        return False
 
 
 def _set_config(**fields):

@@ -190,6 +190,7 @@ def test_a_run_stopped_on_two_processes_goes_on_on_one(recipe_file, tmp_path):
     returned, _, err = finish(process)
     assert returned != 0
     assert "after a checkpoint" in err
+    assert f"torchrun --standalone --nproc-per-node 2 -m train --resume --output {tmp_path / 'run'}\n" in err
     returned, _, err = finish(start(recipe, tmp_path / "run", "--resume"))
     assert returned == 0, err
     returned, _, err = finish(start(recipe, tmp_path / "whole"))

@@ -417,6 +417,8 @@ def test_evaluate_refuses_other_classes(run, tmp_path, capsys):
         (tmp_path / f"{split}.csv").write_text("text,label\na,x\nb,y\nc,x\nd,y\n")
     assert evaluate.main([str(run[0]), "--data", str(tmp_path)]) == 2
     assert "its classes are x, y; the model knows money, sport, tech" in capsys.readouterr().err
+    assert evaluate.main(["nowhere"]) == 2
+    assert "nowhere: there is no such folder" in capsys.readouterr().err
 
 
 def test_predict_gives_a_line_a_text(run, capsys, monkeypatch):

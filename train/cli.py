@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lora.errors import UserError
-from train.command import print_error, python, run_command
-from train.config import RECIPES, load_recipe, parse_setting
+from train.command import CommandParser, print_error, run_command
+from train.config import RECIPES, Recipe, RecipeError, field_meant, load_recipe, nearest, parse_setting
 from train.distributed import env_rank
 from train.hardware import keep_freed_memory
 from train.job import run_job
-from train.runs import CONFIG, recipe_name, run_recipe
+from train.runs import CONFIG, recipe_name, resume_command, run_recipe
 from train.signals import InterruptedRunError
 from train.summary import summary_text
 
@@ -23,10 +24,10 @@ from train.summary import summary_text
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 success, 2 an error that the message explains, 130 or 143 stopped by a signal."""
     recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.toml")))
-    parser = argparse.ArgumentParser(
-        prog="python -m train",
-        description="Trains LoRA, the head or the whole model on labelled news.",
-        epilog=f"Recipes: {recipes}. Every field of a recipe can be --set; train/config.py lists them.",
+    parser = CommandParser(
+        "train",
+        "Trains LoRA, the head or the whole model on labelled texts.",
+        f"Recipes: {recipes}. Every field of a recipe can be --set; train/config.py lists them.",
     )
     parser.add_argument(
         "--recipe", metavar="NAME|FILE", help="a recipe's name or a TOML file (default: quickstart)"
@@ -47,28 +48,34 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="set a field of the recipe"
     )
-    options = parser.parse_args(arguments)
-    return run_command(lambda: _train(options))
+    options, unknown = parser.parse_known_args(arguments)
+    return run_command(lambda: _train(options, unknown))
 
 
-def _train(options: argparse.Namespace) -> int:
-    changes: dict[str, Any] = dict(parse_setting(setting) for setting in options.set)
+def _train(options: argparse.Namespace, unknown: Sequence[str]) -> int:
+    settings = dict(parse_setting(setting) for setting in options.set)
+    if unknown:
+        raise RecipeError(_explain(unknown))
     flags = {key: getattr(options, key) for key in ("model", "data", "layer")}
-    changes |= {key: value for key, value in flags.items() if value is not None}
-    own = options.resume and options.recipe is None and not changes and options.output is not None
-    if own and (options.output / CONFIG).is_file():
-        name, recipe = recipe_name(options.output), run_recipe(options.output)
+    flags = {key: value for key, value in flags.items() if value is not None}
+    own = options.output or Path("runs") / "quickstart"
+    if options.resume and options.recipe is None and (own / CONFIG).is_file():
+        name, recipe = recipe_name(own), run_recipe(own)
     else:
-        name, recipe = load_recipe(options.recipe or "quickstart", changes)
+        name, recipe = load_recipe(options.recipe or "quickstart")
+    recipe = recipe.changed(settings, "--set ").changed(flags, "--")
     keep_freed_memory()
     folder = options.output or Path("runs") / name
     try:
         result = run_job(name, recipe, folder, options.resume)
     except InterruptedRunError as stop:
         if env_rank() == 0:
-            words = [word for word in sys.argv[1:] if word != "--resume"]
-            command = shlex.join([python(), "-m", "train", *words, "--resume"])
-            print(f"\nstopped by {stop} after a checkpoint; continue with\n  {command}", file=sys.stderr)
+            everywhere = os.environ.get("LOCAL_WORLD_SIZE") != os.environ.get("WORLD_SIZE")
+            where = ", on each machine with its own --node-rank," if everywhere else ""
+            print(
+                f"\nstopped by {stop} after a checkpoint; continue{where} with\n  {resume_command(folder)}",
+                file=sys.stderr,
+            )
         return 128 + stop.signal
     except RuntimeError as error:
         if isinstance(error, UserError) or os.environ.get("WORLD_SIZE", "1") == "1":
@@ -79,3 +86,23 @@ def _train(options: argparse.Namespace) -> int:
             print(f"{folder}: the run is finished; there is nothing to resume", file=sys.stderr)
         print(summary_text(result.summary, folder))
     return 0
+
+
+def _explain(unknown: Sequence[str]) -> str:
+    """What to write instead of arguments that are not flags of this command."""
+    flag, _, value = unknown[0].partition("=")
+    if not flag.startswith("-"):
+        instead = f"--set {shlex.quote(unknown[0])}" if value else "--recipe for a recipe, --set for a field"
+        return f"{unknown[0]}: not a flag; use {instead}"
+    values = itertools.takewhile(lambda word: not word.startswith("-"), unknown[1:])
+    value = value or ",".join(values)
+    if field := field_meant(flag.lstrip("-")):
+        value = value or ("true" if isinstance(getattr(Recipe(), field), bool) else "VALUE")
+        instead = (
+            f"--{field} {shlex.quote(value)}"
+            if field in ("model", "data")
+            else f"--set {shlex.quote(f'{field}={value}')}"
+        )
+        return f"{flag}: there is no such flag; use {instead}"
+    known = ("--recipe", "--model", "--data", "--output", "--resume", "--set", "--help")
+    return f"{flag}: there is no such flag; {nearest(flag, known)}"

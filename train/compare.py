@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lora.storage import write_atomically
-from train.command import run_command
+from train.command import CommandParser, run_command
 from train.comparison import Comparison, compare
 from train.page import data_uri, page_template
 from train.predictions import Prediction
@@ -24,9 +23,9 @@ _CHARACTERS = {"text": 60, "page": 420}  # of each text
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 success, 2 an error that the message explains."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.compare",
-        description="Compares finished runs: the settings that differ, test accuracy with 95% intervals, "
+    parser = CommandParser(
+        "train.compare",
+        "Compares finished runs: the settings that differ, test accuracy with 95% intervals, "
         "McNemar's paired test, cost, learning curves, and the test texts whose prediction changed.",
         epilog="Nothing is trained or evaluated: the numbers are those that the runs recorded.",
     )

@@ -22,6 +22,39 @@ from model import HEAD
 RECIPES = Path(__file__).parent / "recipes"
 METHODS = ("lora", "full", "head")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
+_EMBEDDED = {"model": "minilm", "data": "bbc"}  # not folders, even where a folder has this name
+_ALIASES = {  # names of other projects, such as PEFT and transformers, for fields of a recipe
+    "alpha": "lora_alpha",
+    "base_model": "model",
+    "batch": "batch_size",
+    "bf16": "precision",
+    "bs": "batch_size",
+    "dataset": "data",
+    "dropout": "lora_dropout",
+    "dtype": "precision",
+    "early_stopping_patience": "early_stopping_epochs",
+    "fp16": "precision",
+    "gradient_accumulation_steps": "accumulation_steps",
+    "label_smoothing_factor": "label_smoothing",
+    "logging_steps": "log_every_steps",
+    "lora_r": "r",
+    "lora_rank": "r",
+    "lr": "learning_rate",
+    "max_grad_norm": "max_gradient_norm",
+    "max_len": "max_length_tokens",
+    "max_length": "max_length_tokens",
+    "max_seq_length": "max_length_tokens",
+    "max_train_samples": "max_train_examples",
+    "model_name_or_path": "model",
+    "num_epochs": "epochs",
+    "num_train_epochs": "epochs",
+    "per_device_train_batch_size": "batch_size",
+    "rank": "r",
+    "save_steps": "checkpoint_every_steps",
+    "targets": "target_modules",
+    "warmup_ratio": "warmup_fraction",
+    "wd": "weight_decay",
+}
 
 
 class RecipeError(UserError, ValueError):
@@ -108,6 +141,27 @@ class Recipe:
             use_rslora=self.use_rslora,
         )
 
+    def changed(self, fields: Mapping[str, Any], flag: str = "") -> Recipe:
+        """The recipe with other values of these fields.
+
+        Raises RecipeError, whose message starts with `flag`, the part of the command line that gave them.
+        """
+        try:
+            return make_recipe({**dataclasses.asdict(self), **fields})
+        except RecipeError as error:
+            raise RecipeError(f"{flag}{error}") from error
+
+    def with_absolute_paths(self) -> Recipe:
+        """The recipe with absolute paths if model or data is a folder, so that it holds in every folder."""
+        names = {field: getattr(self, field) for field in _EMBEDDED}
+        return self.changed(
+            {
+                field: str(Path(name).resolve())
+                for field, name in names.items()
+                if name != _EMBEDDED[field] and Path(name).is_dir()
+            }
+        )
+
     def to_toml(self) -> str:
         """All fields of the recipe in TOML."""
         return tomli_w.dumps(dataclasses.asdict(self))
@@ -122,16 +176,19 @@ def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> tuple[st
     known = sorted(file.stem for file in RECIPES.glob("*.toml"))
     path = RECIPES / f"{name}.toml" if name in known else Path(name)
     try:
-        if not (name in known or path.suffix == ".toml" or path.is_file()):
-            raise RecipeError(f"recipe {name!r}: {_nearest(name, known)}")
-        make_recipe(fields := tomllib.loads(path.read_text(encoding="utf-8")))
+        named = name in known or path.suffix == ".toml" or path.is_file()
+        fields = tomllib.loads(path.read_text(encoding="utf-8")) if named else None
     except OSError as error:
         raise RecipeError(f"{reprlib.repr(name)}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        if isinstance(error, RecipeError):
-            raise RecipeError(f"{path.name}: {error}") from error
         raise RecipeError(f"{path}: not TOML: {error}") from error
-    return path.stem, make_recipe({**fields, **(changes or {})})
+    if fields is None:
+        raise RecipeError(f"there is no recipe {name!r}; {nearest(name, known)}")
+    try:
+        recipe = make_recipe(fields)
+    except RecipeError as error:
+        raise RecipeError(f"{path.name}: {error}") from error
+    return path.stem, recipe.changed(changes or {})
 
 
 def make_recipe(fields: Mapping[str, Any]) -> Recipe:
@@ -139,8 +196,16 @@ def make_recipe(fields: Mapping[str, Any]) -> Recipe:
     known = [field.name for field in dataclasses.fields(Recipe)]
     for name in fields:
         if name not in known:
-            raise RecipeError(f"there is no field {name!r}: {_nearest(name, known)}")
+            meant = field_meant(name)
+            hint = f"did you mean {meant!r}?" if meant else nearest(name, known)
+            raise RecipeError(f"{reprlib.repr(name)}: there is no such field; {hint}")
     return Recipe(**fields)
+
+
+def field_meant(name: str) -> str:
+    """The field of a recipe that has this name here or in other projects, or "" if there is none."""
+    known = {field.name: field.name for field in dataclasses.fields(Recipe)} | _ALIASES
+    return known.get(name.lower().replace("-", "_"), "")
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
@@ -150,8 +215,8 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     Raises RecipeError.
     """
     key, separator, text = setting.partition("=")
-    if not separator:
-        raise RecipeError(f"--set {setting}: not of the form key=value")
+    if not separator or not key.strip():
+        raise RecipeError(f"--set {setting}: not of the form key=value, without spaces around =")
     try:
         value = tomllib.loads(f"x = {text}")["x"]
     except (ValueError, RecursionError):
@@ -190,10 +255,11 @@ def _is_unicode(text: str) -> bool:
 
 def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise RecipeError(f"{name}: {value!r}: {_nearest(value, allowed)}")
+        raise RecipeError(f"{name}: {value!r}: {nearest(value, allowed)}")
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
+def nearest(word: str, known: Sequence[str]) -> str:
+    """A hint at the name in `known` that was meant, or at all of them."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}?" if close else f"choose one of {', '.join(known)}"
 

@@ -1,4 +1,4 @@
-"""Labelled news in three splits: the embedded corpus, a dataset on the hub, or a folder of CSV files."""
+"""Labelled texts in three splits: the embedded corpus, a dataset on the hub, or a folder of CSV files."""
 
 from __future__ import annotations
 
@@ -62,6 +62,8 @@ def load_news(name: str, validation_fraction: float, seed: int, max_train_exampl
     else:
         if Path(name).is_dir():
             train, test, labels = _read_folder(Path(name))
+        elif Path(name).is_file():
+            raise DataError(f"{name}: this is a file; give the folder that contains train.csv and test.csv")
         else:
             train, test, labels = _read_hub(name)
         _refuse_too_few(name, train, labels)
@@ -140,6 +142,8 @@ def _read_csv(path: Path, names: tuple[str, ...], known: tuple[str, ...]) -> tup
                 header = [cell.strip().lower() for cell in row]
                 if sorted(header) == ["label", "text"]:
                     continue
+                if {"label", "text"} < set(header):
+                    raise DataError(f"{where}: the header is {','.join(header)} instead of text,label alone")
                 header = []
             if header:
                 text, name = _labelled_row(where, row, header, known)
@@ -238,10 +242,8 @@ def _fetch(name: str) -> Any:
         reason = first_line(error)
         raise DataError(
             f"{name}: there is no such folder, no such dataset in the hub's cache, and "
-            f"{hub_constants.ENDPOINT} did not provide it ({reason}).\n"
-            "Without the hub, use\n"
-            "  a folder  --data FOLDER, with train.csv and test.csv\n"
-            "  the embedded news  --data bbc"
+            f"{hub_constants.ENDPOINT} did not provide it ({reason}); without the hub, use --data FOLDER "
+            "with train.csv and test.csv, or --data bbc, the embedded news"
         ) from error
 
 

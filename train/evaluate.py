@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ from typing import Any
 
 from model import speed_up
 from train.batches import encode
-from train.command import run_command
+from train.command import CommandParser, run_command
 from train.config import Recipe
 from train.data import load_news
 from train.hardware import resolve_device, resolve_precision
@@ -23,9 +22,9 @@ from train.trained import load_trained
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 success, 2 an error that the message explains."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.evaluate",
-        description="Scores runs, or adapters' folders, on the test split of their own data or of D. "
+    parser = CommandParser(
+        "train.evaluate",
+        "Scores runs, or adapters' folders, on the test split of their own data or of D. "
         "Prints a table by class for one RUN, and a row per RUN for several.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
@@ -55,7 +54,7 @@ def _print_scores(folders: Sequence[Path], data: str | None, as_json: bool) -> N
             print(f"{folder!s:<{width}}  {_row(result)}", flush=True)
         else:
             scores: Scores = result["scores"]
-            print(f"{folder} on the {scores.confusion.sum():,} test articles of {result['data']}")
+            print(f"{folder} on the {scores.confusion.sum():,} test texts of {result['data']}")
             print(f"accuracy {scores.accuracy:.4f}  macro F1 {scores.macro_f1:.4f}\n")
             print(scores.table(result["labels"]))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
@@ -13,16 +12,16 @@ import safetensors
 
 from lora import eject
 from lora.adapted import has_adapter
-from train.command import run_command
-from train.runs import RunError
+from train.command import CommandParser, run_command
+from train.runs import RunError, refuse_file
 from train.trained import load_trained
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 success, 2 an error that the message explains."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.export",
-        description="Writes merged weights, tokenizer and label names as a plain transformers folder, for "
+    parser = CommandParser(
+        "train.export",
+        "Writes merged weights, tokenizer and label names as a plain transformers folder, for "
         'transformers.pipeline("text-classification", FOLDER) and everything else that reads one.',
     )
     parser.add_argument(
@@ -40,7 +39,8 @@ def export(run: Path, folder: Path) -> None:
 
     Raises RunError, OSError, and what loading raises.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    refuse_file(folder)
+    if folder.is_dir() and any(folder.iterdir()):
         raise RunError(f"{folder}: not an empty folder")
     trained = load_trained(run, text=True)
     if has_adapter(trained.model):

@@ -36,6 +36,7 @@ from train.predictions import write_predictions
 from train.run_figures import draw_all
 from train.runs import (
     CHECKPOINT,
+    CONFIG,
     FIGURES,
     METRICS,
     SUMMARY,
@@ -45,6 +46,7 @@ from train.runs import (
     prepare_folder,
     read_log,
     read_summary,
+    run_recipe,
     write_recipe,
 )
 from train.signals import InterruptedRunError, deferred_signals
@@ -68,16 +70,19 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
     Raises UserError (RunError, DataError, ModelError, RecipeError, CheckpointError, TrainingError),
     InterruptedRunError.
     """
+    recipe = recipe.with_absolute_paths()
     if prepare_folder(folder, recipe, resume):
         return Result(read_summary(folder), was_finished=True)
     device = resolve_device(recipe.device, local_rank())
     precision = resolve_precision(recipe.precision, device)
     set_deterministic(recipe, device)
 
+    # As recorded, since checkpoints of earlier versions are identified by a recipe with relative paths.
+    recorded = run_recipe(folder) if resume and (folder / CONFIG).is_file() else recipe
     news = load_news(recipe.data, recipe.validation_fraction, recipe.seed, recipe.max_train_examples)
     model, tokenizer, counts = _make_model(recipe, news)
     identity = {
-        "recipe": recipe.to_toml(),
+        "recipe": recorded.to_toml(),
         "data": news.digest(),
         "base model": digest(dict(model.named_parameters()) | dict(model.named_buffers()), {}),
         "config of the base model": json.dumps(config_fields(model), sort_keys=True),
@@ -91,7 +96,7 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
     with join_world(device) as world, locked(folder) if world.is_main else contextlib.nullcontext():
         if world.is_main:
             prepare_folder(folder, recipe, resume)  # again, because another run may have taken the lock first
-            write_recipe(folder, name, recipe)
+            write_recipe(folder, name, recorded)
         train, validation, test = (
             _encode_once(split, tokenizer, recipe.max_length_tokens, world)
             for split in (news.train, news.validation, news.test)
@@ -116,7 +121,7 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
             console.say(
                 f"{name}: {recipe.model} on {recipe.data}, {recipe.method}, {precision} on"
                 f" {device_name(device)}{processes}\n"
-                f"{len(train)} training, {len(validation)} validation, {len(test)} test articles,"
+                f"{len(train)} training, {len(validation)} validation, {len(test)} test texts,"
                 f" {len(news.labels)} classes\n{counts}"
             )
             for problem in check_layer(load_layer(recipe.layer)).problems if recipe.layer else ():
@@ -156,11 +161,6 @@ def _make_model(recipe: Recipe, news: News) -> tuple[PreTrainedModel, Any, Param
         )
     if recipe.method == "lora":
         layer = load_layer(recipe.layer)
-        width = model.config.hidden_size
-        if recipe.r > width:
-            raise RecipeError(
-                f"r: {recipe.r:,} is more than the rank of a weight of {recipe.model}, {width:,}"
-            )
         try:
             inject(model, recipe.lora_config(), seed=recipe.seed, layer=layer)
         except (TypeError, ValueError, RuntimeError) as error:  # a pattern, or a rank too large for memory

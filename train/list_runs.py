@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from train.command import run_command
+from train.command import CommandParser, run_command
 from train.runs import CONFIG, SUMMARY, RunError, read_summary, run_recipe
 from train.tables import duration, excerpt, markdown
 
@@ -15,9 +14,9 @@ _HEADER = ["run", "method", "model", "data", "r", "targets", "test accuracy", "v
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 success, 2 an error that the message explains."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.runs",
-        description="Lists the runs in FOLDER. Settings come from config.toml, results from summary.json.",
+    parser = CommandParser(
+        "train.runs",
+        "Lists the runs in FOLDER. Settings come from config.toml, results from summary.json.",
     )
     parser.add_argument(
         "folder", type=Path, nargs="?", default=Path("runs"), metavar="FOLDER", help="default: runs"

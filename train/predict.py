@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 
 from model import speed_up
-from train.command import print_error, run_command
+from train.command import CommandParser, print_error, run_command
 from train.hardware import autocast, resolve_device, resolve_precision
 from train.trained import Trained, load_trained
 
@@ -22,15 +21,15 @@ _BATCH_SIZE = 32
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 success, 2 an error that the message explains."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.predict",
-        description="Prints a label and its probability for each TEXT, or for each line of stdin.",
-        epilog="A blank line of stdin gives a blank line, so that input and output lines correspond.",
+    parser = CommandParser(
+        "train.predict",
+        "Prints a label and its probability for each TEXT, or for each line of stdin.",
+        "A blank line of stdin gives a blank line, so that input and output lines correspond.",
     )
     parser.add_argument(
         "run", type=Path, metavar="RUN", help="a run's folder, or an adapter's folder from here or from PEFT"
     )
-    parser.add_argument("texts", nargs="*", metavar="TEXT")
+    parser.add_argument("texts", nargs="*", default=[], metavar="TEXT")
     parser.add_argument(
         "--json", action="store_true", help="print a JSON object per line, with the probability of each class"
     )
@@ -51,6 +50,8 @@ def _print_predictions(run: Path, given: list[str], as_json: bool) -> int:
     texts = given or (line.rstrip("\n") for line in sys.stdin)
     # On a terminal each line is answered at once; a pipe is read in batches.
     batch_size = 1 if not given and sys.stdin.isatty() else _BATCH_SIZE
+    if batch_size == 1:
+        print("reading one text per line; Ctrl-D ends the input", file=sys.stderr)
     try:
         for line in predict_lines(trained, texts, batch_size, as_json):
             print(line, flush=batch_size == 1)

@@ -75,7 +75,7 @@ def draw_confusion(scores: Scores, labels: tuple[str, ...]) -> Any:
     figure, axes = plt.subplots(figsize=(size, size * 0.9))
     axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(labels) > _MOST_CLASSES:  # too many to read, and the figure would be too large for memory
-        axes.set(xlabel="predicted", ylabel="true", title=f"Test articles, accuracy {scores.accuracy:.2%}")
+        axes.set(xlabel="predicted", ylabel="true", title=f"Test texts, accuracy {scores.accuracy:.2%}")
         return figure
     for i in range(len(labels)):
         for j in range(len(labels)):
@@ -90,7 +90,7 @@ def draw_confusion(scores: Scores, labels: tuple[str, ...]) -> Any:
     names = [plain(label) for label in labels]
     axes.set_xticks(range(len(labels)), names, rotation=30, ha="right")
     axes.set_yticks(range(len(labels)), names)
-    axes.set(xlabel="predicted", ylabel="true", title=f"Test articles, accuracy {scores.accuracy:.2%}")
+    axes.set(xlabel="predicted", ylabel="true", title=f"Test texts, accuracy {scores.accuracy:.2%}")
     return figure
 
 
@@ -117,7 +117,7 @@ def _report(scores: Scores, labels: tuple[str, ...]) -> Any:
     low = min(min(row[key] for row in rows) for key in ("precision", "recall", "f1"))
     axes.set_xlim(max(0.0, low - 0.05), 1.02)
     axes.grid(axis="x", alpha=0.3)
-    shown = "Test articles by class" if len(rows) == len(labels) else f"The {len(rows)} hardest classes"
+    shown = "Test texts by class" if len(rows) == len(labels) else f"The {len(rows)} hardest classes"
     axes.set_title(shown)
     axes.legend(frameon=False, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.08), fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)

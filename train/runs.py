@@ -18,7 +18,6 @@ import hashlib
 import json
 import math
 import reprlib
-import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -28,7 +27,7 @@ from typing import Any
 
 from lora.errors import UserError
 from lora.storage import write_atomically
-from train.command import python
+from train.command import shell_command
 from train.config import Recipe, make_recipe
 
 ADAPTER = "adapter"
@@ -101,14 +100,14 @@ def read_summary(folder: Path) -> dict[str, Any]:
 def check_finished(folder: Path) -> None:
     """Raises RunError if there is no such folder, or if the run in it is not finished."""
     if not folder.is_dir():
-        raise RunError(f"{folder}: there is no such folder")
+        raise RunError(f"{folder}: {'not a folder' if folder.exists() else 'there is no such folder'}")
     if (folder / CONFIG).is_file() and not (folder / SUMMARY).is_file():
         raise RunError(f"{folder}: the run is not finished; `{resume_command(folder)}` continues it")
 
 
 def resume_command(folder: Path) -> str:
     """The command that continues the run in `folder`."""
-    return f"{python()} -m train --resume --output {shlex.quote(str(folder))}"
+    return shell_command("train", "--resume", "--output", folder)
 
 
 def recipe_name(folder: Path) -> str:
@@ -120,10 +119,9 @@ def recipe_name(folder: Path) -> str:
 def prepare_folder(folder: Path, recipe: Recipe, resume: bool) -> bool:
     """Checks that `recipe` can be run or resumed in `folder`. Returns whether the run is finished already.
 
-    Raises RunError.
+    recipe: with absolute paths. Raises RunError.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder}: not a folder")
+    refuse_file(folder)
     # Names with a leading dot are the lock, and temporary files of a write that was killed.
     names = {path.name for path in folder.iterdir() if path.name[0] != "."} if folder.is_dir() else set()
     if not resume:
@@ -139,8 +137,9 @@ def prepare_folder(folder: Path, recipe: Recipe, resume: bool) -> bool:
         raise RunError(f"{folder}: no such folder, so there is no run to resume; omit --resume to start one")
     if names and CONFIG not in names:
         raise RunError(f"{folder}: it holds files but no {CONFIG}, so there is no run to resume")
-    if names and run_recipe(folder) != recipe:
-        before, now = dataclasses.asdict(run_recipe(folder)), dataclasses.asdict(recipe)
+    # Runs of earlier versions recorded relative paths.
+    if names and (recorded := run_recipe(folder).with_absolute_paths()) != recipe:
+        before, now = dataclasses.asdict(recorded), dataclasses.asdict(recipe)
         changed = [
             f"{key} = {before[key]!r} there, {key} = {now[key]!r} now"
             for key in now
@@ -148,6 +147,13 @@ def prepare_folder(folder: Path, recipe: Recipe, resume: bool) -> bool:
         ]
         raise RunError(f"{folder}: cannot resume with another recipe: {'; '.join(changed)}")
     return SUMMARY in names
+
+
+def refuse_file(folder: Path) -> None:
+    """Raises RunError if `folder` or a folder around it is a file."""
+    for path in (folder, *folder.parents):
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{folder}: {'' if path == folder else f'{path} is '}not a folder")
 
 
 def write_recipe(folder: Path, name: str, recipe: Recipe) -> None:

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import platform
-import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from lora import ParameterCount
 from lora.adapted import lora_layers
-from train.command import python
+from train.command import shell_command
 from train.hardware import device_name, peak_memory_bytes
 from train.loop import Trainer
 from train.metrics import Scores
-from train.runs import CONFIG
+from train.runs import CONFIG, run_recipe
 from train.tables import duration
 
+_NEWS = ("bbc", "ag_news")
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy")
 
 
@@ -77,28 +77,33 @@ def summary_text(summary: dict[str, Any], folder: Path) -> str:
     rows = sum(map(sum, summary["test_confusion_matrix"]))
     worst = min(summary["test_report"], key=lambda row: row["f1"])
     trained = "adapter/" if summary["method"] == "lora" else "weights.safetensors"
-    path = shlex.quote(str(folder))
-    lora_commands = [
-        f"  {python()} -m train.anatomy {path}",
-        f"  {python()} -m train --recipe {path}/{CONFIG} --set r=1 --output {path}-r1",
+    example = "Shares rose after the bank cut its rates." if summary["data"] in _NEWS else "your text"
+    next_commands = [
+        shell_command("train.predict", folder, example),
+        shell_command("train.evaluate", folder),
     ]
+    if summary["method"] == "lora":
+        r = 1 if run_recipe(folder).r > 1 else 8
+        other = folder.absolute().with_name(f"{folder.resolve().name}-r{r}")
+        next_commands += [
+            shell_command("train.anatomy", folder),
+            shell_command("train", "--recipe", folder / CONFIG, "--set", f"r={r}", "--output", other),
+        ]
     return "\n".join(
         [
             "",
             f"test accuracy {summary['test_accuracy']:.4f}, macro F1 {summary['test_macro_f1']:.4f}"
-            f" on {rows:,} articles (epoch {best} of {epochs}, validation {summary['val_accuracy']:.4f})",
+            f" on {rows:,} texts (epoch {best} of {epochs}, validation {summary['val_accuracy']:.4f})",
             f"  hardest class: {worst['label']}, F1 {worst['f1']:.4f}",
             f"trained {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters"
             f" ({share:.2%}){lora}",
             f"cost {duration(summary['train_seconds'])},"
-            f" {summary['examples_per_second']:.1f} articles per second,"
+            f" {summary['examples_per_second']:.1f} texts per second,"
             f" {summary['padding_fraction']:.1%} padding,"
             f" peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB",
             f"saved {folder}/: {trained} ({summary['adapter_bytes'] / 1e6:.2f} MB), summary.json,"
             " metrics.jsonl, figures/",
             "next",
-            f'  {python()} -m train.predict {path} "Shares rose after the bank cut its rates."',
-            f"  {python()} -m train.evaluate {path}",
-            *(lora_commands if summary["method"] == "lora" else []),
+            *(f"  {command}" for command in next_commands),
         ]
     )

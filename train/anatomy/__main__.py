@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from train.anatomy.study import study
-from train.command import print_error, run_command
+from train.command import CommandParser, print_error, run_command, shell_command
 from train.runs import ADAPTER, SUMMARY, RunError
 
 RUNS = Path("runs")
@@ -15,10 +15,10 @@ RUNS = Path("runs")
 
 def main(arguments: list[str] | None = None) -> int:
     """Exit codes: 0 success, 2 an error that the message explains."""
-    parser = argparse.ArgumentParser(
-        prog="python -m train.anatomy",
-        description="Analyses a trained LoRA run and writes RUN/anatomy/report.html.",
-        epilog="The test split is read for analysis only.",
+    parser = CommandParser(
+        "train.anatomy",
+        "Analyses a trained LoRA run and writes RUN/anatomy/report.html.",
+        "The test split is read for analysis only.",
     )
     parser.add_argument(
         "run", type=Path, nargs="?", metavar="RUN", help="a finished LoRA run (default: the newest in runs/)"
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--full", type=Path, metavar="FULL_RUN", help="a full fine-tuning run to compare with"
     )
-    parser.add_argument("--text", help="the text whose decision is traced (default: a test article)")
+    parser.add_argument("--text", help="the text whose decision is traced (default: a test text)")
     parser.add_argument(
         "--matrix-only", action="store_true", help="only what needs no data: no scores, no trace; seconds"
     )
@@ -54,7 +54,8 @@ def _newest(runs: Path) -> Path:
     """The LoRA run that finished last. Raises RunError if there is none."""
     finished = [path.parent for path in runs.glob(f"*/{SUMMARY}") if (path.parent / ADAPTER).is_dir()]
     if not finished:
-        raise RunError(f"{runs}: it holds no finished LoRA run; `make train` makes one")
+        command = shell_command("train", "--output", runs / "quickstart")
+        raise RunError(f"{runs}: it holds no finished LoRA run; `{command}` makes one")
     return max(finished, key=lambda folder: (folder / SUMMARY).stat().st_mtime)
 
 

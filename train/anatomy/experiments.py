@@ -5,6 +5,7 @@ Nothing is selected by these scores. Every change is a context that restores eac
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from lora.ablate import enable_only, scaled, truncated
 from lora.adapted import product_layers
@@ -28,11 +30,11 @@ from train.hardware import autocast, one_thread, resolve_device, resolve_precisi
 from train.inference import predict_logits
 from train.metrics import Scores
 from train.runs import RunError
-from train.tables import excerpt
+from train.tables import duration, excerpt
 
 FACTORS = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
 FULL_RANKS = (0, 1, 2, 4, 8, 16, 64)
-_EXCERPT = 420  # characters of an article that the page shows
+_EXCERPT = 420  # characters of a text that the page shows
 
 Report = Callable[[str], None]  # prints a line of progress
 Score = dict[str, float]
@@ -98,31 +100,38 @@ def run_experiments(model: nn.Module, test_set: TestSet, whole: Score, report: R
     blocks = _grouped(names, lambda name: str(position(name).block))
     projections = _grouped(names, lambda name: position(name).projection)
 
-    def score_with(change: AbstractContextManager[None]) -> Score:
-        with change:
-            return test_set.score(model)
-
-    off = score_with(enable_only(model, ()))
-    report("scoring without each part of the adapter, and with it alone")
-    parts = {}
+    r = max(layer.r for layer in product_layers(model).values())
+    changes: dict[str, dict[Any, AbstractContextManager[None]]] = {}
     for kind, groups in (("block", blocks), ("projection", projections)):
         if len(groups) > 1:
-            parts[f"without_{kind}"] = {
-                key: score_with(enable_only(model, set(names) - set(group))) for key, group in groups.items()
+            changes[f"without_{kind}"] = {
+                key: enable_only(model, set(names) - set(group)) for key, group in groups.items()
             }
             if kind == "block" or len(groups) > 2:  # of two groups, one off means the other alone
-                parts[f"only_{kind}"] = {
-                    key: score_with(enable_only(model, group)) for key, group in groups.items()
-                }
-    report("scoring ΔW truncated and scaled")
-    r = max(layer.r for layer in product_layers(model).values())
-    by_rank = {k: score_with(truncated(model, k)) for k in _ranks(r) if 0 < k < r}
-    by_factor = {f: score_with(scaled(model, f)) for f in FACTORS if f not in (0, 1)} | {0.0: off, 1.0: whole}
+                changes[f"only_{kind}"] = {key: enable_only(model, group) for key, group in groups.items()}
+    changes["truncated"] = {k: truncated(model, k) for k in _ranks(r) if 0 < k < r}
+    changes["scaled"] = {factor: scaled(model, factor) for factor in FACTORS if factor not in (0, 1)}
+
+    passes = sum(map(len, changes.values()))
+    started = time.perf_counter()
+    with enable_only(model, ()):
+        off = test_set.score(model)
+    seconds = passes * (time.perf_counter() - started)
+    report(f"scoring {passes} changes of the adapter, which takes about {duration(seconds)}")
+    scores: dict[str, dict[Any, Score]] = {kind: {} for kind in changes}
+    with tqdm(total=passes, desc="scoring", unit=" passes", disable=None, leave=False) as bar:
+        for kind, by_key in changes.items():
+            for key, change in by_key.items():
+                with change:
+                    scores[kind][key] = test_set.score(model)
+                bar.update()
+    by_rank = {0: off, r: whole} | scores.pop("truncated")
+    by_factor = {0.0: off, 1.0: whole} | scores.pop("scaled")
     return {
         "whole": whole,
         "off": off,
-        **parts,
-        "truncated": [{"rank": k, **({0: off, r: whole} | by_rank)[k]} for k in _ranks(r)],
+        **scores,
+        "truncated": [{"rank": k, **by_rank[k]} for k in _ranks(r)],
         "scaled": [{"factor": factor, **by_factor[factor]} for factor in FACTORS],
     }
 
@@ -143,11 +152,14 @@ def truncate_full(run: Run, full: Run, test_set: TestSet) -> list[dict[str, Any]
     }
     starts = {name: before[name].detach().cpu().double() for name in weights}
     with one_thread():
-        updates = {name: svd(weights[name].detach().cpu().double() - starts[name]) for name in weights}
+        updates = {
+            name: svd(weight.detach().cpu().double() - starts[name])
+            for name, weight in tqdm(weights.items(), "decomposing updates", disable=None, leave=False)
+        }
     test_set.prepare(model)
     found: list[dict[str, Any]] = [{"rank": None, **test_set.score(model)}]
     with _restored({name: model.get_parameter(name) for name in weights}):
-        for rank in FULL_RANKS:
+        for rank in tqdm(FULL_RANKS, "scoring", unit=" passes", disable=None, leave=False):
             for name in weights:
                 with torch.no_grad():
                     model.get_parameter(name).copy_(starts[name] + updates[name].truncated(rank))
@@ -158,7 +170,7 @@ def truncate_full(run: Run, full: Run, test_set: TestSet) -> list[dict[str, Any]
 def mistakes(
     test_set: TestSet, logits: Tensor, labels: tuple[str, ...], most: int = 6
 ) -> list[dict[str, Any]]:
-    """The misclassified test articles with the highest predicted probability, highest first."""
+    """The misclassified test texts with the highest predicted probability, highest first."""
     probabilities = torch.softmax(logits.double(), dim=1)
     predicted = probabilities.argmax(1)
     wrong = np.flatnonzero(predicted.numpy() != test_set.rows.labels)

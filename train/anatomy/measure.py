@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from lora.anatomy import (
     Svd,
@@ -36,12 +37,14 @@ def measure(run: Run, bases: dict[str, Svd]) -> dict[str, dict[str, Any]]:
 
     bases: the result of `decompose_bases`.
     """
-    return {name: _measure_layer(layer, bases[name]) for name, layer in run.layers.items()}
+    layers = tqdm(run.layers.items(), "measuring weights", disable=None, leave=False)
+    return {name: _measure_layer(layer, bases[name]) for name, layer in layers}
 
 
 def decompose_bases(run: Run) -> dict[str, Svd]:
     """The SVD of the pretrained weight of each adapted layer. It is slow, so it is computed once."""
-    return {name: svd(layer.weight) for name, layer in run.layers.items()}
+    layers = tqdm(run.layers.items(), "decomposing weights", disable=None, leave=False)
+    return {name: svd(layer.weight) for name, layer in layers}
 
 
 def _measure_layer(layer: AdaptedLayer, base: Svd) -> dict[str, Any]:
@@ -124,7 +127,7 @@ def compare_runs(run: Run, other: Run) -> dict[str, dict[str, Any]]:
 def compare_full(run: Run, full: Run, bases: dict[str, Svd]) -> dict[str, dict[str, Any]]:
     """For each adapted layer, ΔW compared with the update that full fine-tuning made to the same weight."""
     found = {}
-    for name, layer in run.layers.items():
+    for name, layer in tqdm(run.layers.items(), f"comparing with {full.name}", disable=None, leave=False):
         tuned = full.trained.model.get_parameter(f"{name}.weight").double()
         weight = layer.weight.double()
         update = svd(tuned - weight)

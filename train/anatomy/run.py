@@ -58,7 +58,7 @@ class Position:
 def load_run(folder: Path, method: str = "lora") -> Run:
     """Loads a finished run of that method. Raises RunError, and what loading raises."""
     check_finished(folder)
-    recipe = run_recipe(folder)
+    recipe = run_recipe(folder).with_absolute_paths()
     if recipe.method != method:
         instead = {
             "lora": "only a LoRA run has an adapter to analyse; use --full for a full fine-tuning run",

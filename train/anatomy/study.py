@@ -51,8 +51,8 @@ def study(
     text whose decision is traced, by default a test article. matrix_only: compute only what needs no data,
     which is also done if the data cannot be loaded.
 
-    Raises RunError if a run is not finished, has another method than needed or started from another base,
-    and what loading raises.
+    Raises RunError if a run is not finished, has another method than needed or started from another base, if
+    a report with scores would be replaced by one without, and what loading raises.
     """
     run = load_run(folder)
     others = [load_run(path) for path in against]
@@ -61,6 +61,12 @@ def study(
         for other in runs:
             check_same_start(run, other, flag)
     test_set = None if matrix_only else _test_set(run, report)
+    target = folder / FOLDER
+    if test_set is None and _has_scores(target / FACTS):
+        raise RunError(
+            f"{target}: it holds a report with scores, which this analysis without data would replace; "
+            "remove it first"
+        )
     lines = read_log(folder / METRICS)
 
     report(f"decomposing {len(run.layers)} weights")
@@ -71,7 +77,6 @@ def study(
         facts |= _with_data(run, full_run, test_set, facts, text, report)
 
     report("drawing")
-    target = folder / FOLDER
     target.mkdir(exist_ok=True)
     for old in target.glob("*.png"):  # an earlier analysis may have drawn more figures
         old.unlink()
@@ -103,6 +108,13 @@ def render(facts: dict[str, Any], scores: Scores, figures: dict[str, str], folde
         wrong=int(scores.confusion.sum() - np.trace(scores.confusion)),
         tested=int(scores.confusion.sum()),
     )
+
+
+def _has_scores(path: Path) -> bool:
+    try:
+        return json.loads(path.read_bytes())["experiments"] is not None
+    except (OSError, ValueError, LookupError, TypeError):  # there is no report, or it is damaged
+        return False
 
 
 def _test_set(run: Run, report: Report) -> TestSet | None:
@@ -143,7 +155,7 @@ def _with_data(
 ) -> dict[str, Any]:
     model, labels = run.trained.model, run.trained.labels
     test_set.prepare(model)
-    report(f"scoring on {len(test_set.rows):,} test articles, for analysis only")
+    report(f"scoring on {len(test_set.rows):,} test texts, for analysis only")
     logits = test_set.logits(model)
     wrong = mistakes(test_set, logits, labels)
     chosen = text or test_set.split[wrong[0]["row"] if wrong else 0]["text"]
