@@ -49,7 +49,7 @@ soak: $(VENV)/.dev  ## 5,000 signals during operations; 50 runs killed at random
 	PYTHONPATH=tests:. $(RUN) tests/soak.py $(ARGS)
 
 test-peers: $(PEERS)/.run  ## the tests against PEFT, in an environment of its own
-	$(PEERS)/bin/python -m pytest tests/test_peft.py $(ARGS)
+	$(PEERS)/bin/python -m pytest tests/test_peft.py tests/test_peft_models.py $(ARGS)
 
 bench: $(VENV)/.run  ## what LoRA costs and saves against full fine-tuning; minutes on two cores
 	$(RUN) -m bench --save $(ARGS)

@@ -41,7 +41,7 @@ class Injection:
 
 # Filled by lora/targets.py and lora/conv1d.py, which know torch's and transformers' modules:
 SPECIAL_TARGETS: dict[str, Callable[[nn.Module], list[str]]] = {}  # "all-linear": the names to adapt
-CHECKS: list[Callable[[nn.Module, LoraConfig, Injection], None]] = []  # raise if a module cannot be adapted
+CHECKS: list[Callable[[nn.Module, Injection], None]] = []  # raise if a module cannot be adapted
 # By the name of a class that is no nn.Linear but computes W·x + b: makes a layer class one that adapts it.
 CONVERSIONS: dict[str, Callable[[type[MergeableLinear]], type[MergeableLinear]]] = {}
 AFTER_SWAP: list[Callable[[nn.Module], None]] = []  # change modules around the adapted ones
@@ -69,6 +69,9 @@ def inject(
     injection = find_targets(model, config)
     _refuse_unmatched(model, "target_modules", injection.adapted, config)
     _refuse_unmatched(model, "modules_to_save", injection.saved, config)
+    for name, linear in modules_once(model, injection.names).items():
+        if (r := config.for_layer(name)["r"]) > (rank := min(linear._parameters["weight"].shape)):  # type: ignore[union-attr]
+            raise ValueError(f"r: {r:,} is more than {rank:,}, the largest rank of the weight of {name}")
     with uninterrupted(), unchanged_on_error(model):
         swap_in(model, config, injection, build_layers(model, config, injection, layer, seed))
     return injection
@@ -96,7 +99,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
 
     Modules inside modules_to_save are excluded, as in PEFT, because they are trained in full.
 
-    Raises TypeError if a module cannot be adapted or cannot train, ValueError if r is above min(in, out).
+    Raises TypeError or ValueError if a module cannot be adapted, or if one in modules_to_save cannot train.
     """
     targets = config.target_modules
     modules = {name: module for name, module in named_modules(model) if name}
@@ -114,7 +117,7 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
         adapted[pattern] = tuple(name for name in matched if not f"{name}.".startswith(inside_saved))
     injection = Injection(adapted, saved)
     for check in CHECKS:
-        check(model, config, injection)
+        check(model, injection)
     return injection
 
 

@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lora.config import LoraConfig
 from lora.inject import AFTER_SWAP, CHECKS, CONVERSIONS, SPECIAL_TARGETS, Injection
 from lora.merge import why_not_writable
 from lora.mergeable import MergeableLinear
@@ -28,8 +27,8 @@ _HARMLESS = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requir
 _SETUP = {"__init__", "_init_weights", "init_weights", "reset_parameters", "_reset_parameters", "tie_weights"}
 
 
-def check_targets(model: nn.Module, config: LoraConfig, injection: Injection) -> None:
-    """Raises TypeError if a module is not a Linear that its parent calls, ValueError if r is too large."""
+def check_targets(model: nn.Module, injection: Injection) -> None:
+    """Raises TypeError if a module to adapt is not a Linear that its parent calls."""
     modules = dict(named_modules(model))
     for pattern, names in injection.adapted.items():
         for name in names:
@@ -43,8 +42,6 @@ def check_targets(model: nn.Module, config: LoraConfig, injection: Injection) ->
                 raise TypeError(f"{where}, whose weight is not a Parameter (pruned?)")
             if weight.ndim != 2 or type(weight.data) is not torch.Tensor:
                 raise TypeError(f"{where}, whose weight is sharded; inject before FSDP wraps the model")
-            if (r := config.for_layer(name)["r"]) > (rank := min(weight.shape)):
-                raise ValueError(f"r: {r:,} is more than {rank:,}, the largest rank of the weight of {name}")
             tensors = (*module.named_parameters(), *module.named_buffers())
             if extra := {key for key, _ in tensors} - {"weight", "bias"}:
                 raise TypeError(f"{where}, which holds {min(extra)} too; it would be lost")
@@ -60,7 +57,7 @@ def check_targets(model: nn.Module, config: LoraConfig, injection: Injection) ->
                 )
 
 
-def check_saved(model: nn.Module, _config: LoraConfig, injection: Injection) -> None:
+def check_saved(model: nn.Module, injection: Injection) -> None:
     """Raises TypeError if a module in modules_to_save cannot train, ValueError if PEFT would match others."""
     modules = dict(named_modules(model))
     saved = {name for names in injection.saved.values() for name in names}
