@@ -44,7 +44,7 @@ TENSOR_FILE = "adapter_model.safetensors"
 _NEXT_CONFIG_FILE = f".{CONFIG_FILE}.next"
 _PREFIX = "base_model.model."  # PEFT's wrappers around the model
 _ENTRY = "lora"
-_NOTE = {"config": dict, "fingerprint": dict, "metadata": dict}
+_FINGERPRINT = ("adapted", "rest", "config")
 
 
 class AdapterError(UserError, ValueError):
@@ -139,7 +139,10 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         tensors, note = read_tensors(path, _ENTRY, _from_peft_key)
     except DamagedFileError as error:
         raise AdapterError(str(error)) from error
-    if note and not all(isinstance(note.get(key), kind) for key, kind in _NOTE.items()):
+    if note and not (
+        all(isinstance(note.get(key), dict) for key in ("config", "fingerprint", "metadata"))
+        and all(isinstance(note["fingerprint"].get(key, {}), dict) for key in _FINGERPRINT)
+    ):
         raise AdapterError(f"{path}: damaged: its note is not of this format")
     config, base = _read_config(folder / CONFIG_FILE)
     if note and note["config"] != _as_json(dataclasses.asdict(config)):
@@ -172,10 +175,9 @@ def load_adapter(
     have are ignored, because PEFT writes some for sequence classification. The tensors must be exactly
     those that the config and the model require.
 
-    check_base: refuse another base model than the adapter was trained on, by its config, its adapted weights
-    and a sample of its other weights. An adapter saved by PEFT has no fingerprint; then only the names are
-    compared, and a difference is a warning, because one model has several names. layer: the class of the
-    adapted layers.
+    check_base: refuse another base model than the adapter was trained on, by its config and weights. An
+    adapter saved by PEFT has no fingerprint; then only the names are compared, and a difference is a warning,
+    because one model has several names. layer: the class of the adapted layers.
 
     Raises RuntimeError if the model has an adapter, FileNotFoundError, AdapterError (it names the tensor).
     The model is then unchanged.
@@ -239,16 +241,20 @@ def _expected_tensors(
     layer: type[MergeableLinear],
 ) -> dict[str, Tensor]:
     """The tensors that a folder must hold, with the shapes and dtypes that the model requires."""
-    layers = {}
+    layers, by_kind = {}, {}
     # Without memory, however large a rank the config asks for. An interrupt must not leave the device set.
     with uninterrupted(), torch.device("meta"):
         for name, linear in linears.items():
             out_features, in_features = linear.weight.shape
             if type(linear).__name__ in CONVERSIONS:  # of GPT-2's Conv1D the weight is transposed
                 out_features, in_features = in_features, out_features
-            empty = nn.Linear(in_features, out_features, linear.bias is not None, dtype=linear.weight.dtype)
-            make: Any = layer
-            layers[name] = make(empty, **config.for_layer(name))
+            settings, dtype = config.for_layer(name), linear.weight.dtype
+            shape = (in_features, out_features, linear.bias is not None)
+            kind = (shape, dtype, tuple(settings.values()))
+            if kind not in by_kind:  # one layer serves all of a kind, because only shapes are read
+                make: Any = layer
+                by_kind[kind] = make(nn.Linear(*shape, dtype=dtype), **settings)
+            layers[name] = by_kind[kind]
     return _adapter_tensors(layers, saved)
 
 
@@ -276,7 +282,7 @@ def _check_base(
     saved: Mapping[str, nn.Module],
     folder: str | os.PathLike[str],
 ) -> None:
-    if adapter.fingerprint:
+    if adapter.fingerprint.keys() >= set(_FINGERPRINT):  # version 0.1.0 wrote another one
         found = difference(adapter.fingerprint, model, linears, saved)
         if found:
             raise AdapterError(
@@ -316,7 +322,7 @@ def _as_json(value: dict[str, Any]) -> Any:
 
 def _read_config(path: Path) -> tuple[LoraConfig, str | None]:
     try:
-        fields = json.loads(path.read_bytes())
+        fields = json.loads(path.read_bytes(), object_pairs_hook=_without_repeats)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path.parent}: there is no {path.name}") from None
     except (ValueError, RecursionError) as error:
@@ -330,6 +336,13 @@ def _read_config(path: Path) -> tuple[LoraConfig, str | None]:
         return from_peft(fields), base
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{path}: {error}") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a key is in it twice")
+    return fields
 
 
 def _some(keys: set[str]) -> str:

@@ -27,7 +27,7 @@ _HARMLESS: dict[str, tuple[Any, ...]] = {
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # other values change the base
 }
 _REPEATS = (_parser.MAX_REPEAT, _parser.MIN_REPEAT)  # a possessive repeat does not backtrack
-_MOST_REPEATS = 4
+_MOST_CHOICES = 4
 _OFF: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
 
 
@@ -77,44 +77,54 @@ def from_peft(fields: Mapping[str, Any]) -> LoraConfig:
 def _check_cost(field: str, pattern: Any) -> None:
     """Raises ValueError if a regular expression from a file could take very long to match.
 
-    A repeat or a choice inside a repeat takes exponential time in the worst case, and n variable repeats in
-    sequence take the n-th power of a name's length.
+    A choice inside a repeat takes exponential time in the worst case, and n choices in sequence take the n-th
+    power of a name's length. A choice is a repeat or an optional part, or a branch of which two alternatives
+    can match at one place.
     """
     try:
-        repeats, nested = _repeats(_parser.parse(pattern))
+        parsed = _parser.parse(pattern)
+        whole = len(parsed) == 1 and parsed[0][0] is _parser.BRANCH  # nothing follows, so one after another
+        alternatives = [_choices(each) for each in (parsed[0][1][1] if whole else [parsed])]
     except (re.error, OverflowError, RecursionError, TypeError):
         return  # LoraConfig reports it
-    if nested or repeats > _MOST_REPEATS:
+    if any(nested or choices > _MOST_CHOICES for choices, nested in alternatives):
         raise ValueError(f"{field}: {pattern!r} could take very long to match, so it is not used")
 
 
-def _repeats(parsed: Any) -> tuple[int, bool]:
-    """The number of variable repeats in sequence, and whether a repeat or a choice is inside another."""
+def _choices(parsed: Any) -> tuple[int, bool]:
+    """The number of choices in sequence, and whether one of them is inside a repeat."""
     count, nested = 0, False
     for operation, argument in parsed:
-        inner = [
-            _repeats(part)
-            for part in (argument if isinstance(argument, list | tuple) else [argument])
-            if isinstance(part, _parser.SubPattern)
-        ]
         if operation is _parser.BRANCH:
-            inner = [max((_repeats(branch) for branch in argument[1]), default=(0, False))]
-            nested |= any(_repeats(branch)[1] for branch in argument[1])
-        total = sum(found for found, _ in inner)
-        nested |= any(bad for _, bad in inner)
-        if operation in _REPEATS and argument[1] > 1:
-            nested |= total > 0 or _has_choice(argument[2])
-            total += argument[0] != argument[1]
-        count += total
+            parts = [_choices(alternative) for alternative in argument[1]]
+            count += max(found for found, _ in parts) + _is_ambiguous(argument[1])
+        else:
+            inside = argument if isinstance(argument, list | tuple) else [argument]
+            parts = [_choices(part) for part in inside if isinstance(part, _parser.SubPattern)]
+            count += sum(found for found, _ in parts)
+        nested |= any(bad for _, bad in parts)
+        if operation in _REPEATS:
+            nested |= argument[1] > 1 and (parts[0][0] > 0 or _has_branch(argument[2]))
+            count += argument[0] != argument[1]
     return count, nested
 
 
-def _has_choice(parsed: Any) -> bool:
-    """Whether there is a branch or an optional part, so that a repeat of it may match in several ways."""
+def _is_ambiguous(alternatives: Any) -> bool:
+    """Whether two alternatives of a branch may match at the same place: False for different words."""
+    words = [
+        [code for operation, code in alternative if operation is _parser.LITERAL]
+        for alternative in alternatives
+    ]
+    plain = all(len(word) == len(each) for word, each in zip(words, alternatives, strict=True))
+    prefixes = any(one is not other and other[: len(one)] == one for one in words for other in words)
+    return not plain or prefixes
+
+
+def _has_branch(parsed: Any) -> bool:
     for operation, argument in parsed:
-        if operation is _parser.BRANCH or operation in _REPEATS:
-            return True
         parts = argument if isinstance(argument, list | tuple) else [argument]
-        if any(isinstance(part, _parser.SubPattern) and _has_choice(part) for part in parts):
+        if operation is _parser.BRANCH:
+            return True
+        if any(isinstance(part, _parser.SubPattern) and _has_branch(part) for part in parts):
             return True
     return False

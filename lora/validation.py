@@ -29,11 +29,11 @@ def check_config(config: LoraConfig) -> None:
 
 
 def check_rank(field_name: str, r: Any) -> None:
-    """Raises TypeError or ValueError unless `r` is an integer of at least 1."""
+    """Raises TypeError or ValueError unless `r` is an integer of at least 1 and below 2³¹."""
     if isinstance(r, bool) or not isinstance(r, int):
         raise TypeError(f"{field_name}: a rank is an integer, not {r!r}")
-    if r < 1:
-        raise ValueError(f"{field_name}: a rank is at least 1, not {reprlib.repr(r)}")
+    if not 1 <= r < 2**31:
+        raise ValueError(f"{field_name}: a rank is at least 1 and below 2³¹, not {reprlib.repr(r)}")
 
 
 def check_alpha(field_name: str, alpha: Any) -> None:

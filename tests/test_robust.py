@@ -85,6 +85,38 @@ def test_a_base_with_other_weights_outside_the_adapted_layers_is_refused(folder)
     load_adapter(tiny_roberta(), folder)
 
 
+@pytest.mark.parametrize("vocab_size", [300, 3000])  # hashed as it is, and by checksums
+def test_one_changed_weight_anywhere_in_the_base_is_another_base(config, tmp_path, vocab_size):
+    model = tiny_roberta(vocab_size=vocab_size)
+    inject(model, config)
+    save_adapter(model, tmp_path, base="tiny")
+    words = tiny_roberta(vocab_size=vocab_size)
+    words.roberta.embeddings.word_embeddings.weight.data[[7, 99]] = (
+        words.roberta.embeddings.word_embeddings.weight.data[[99, 7]]
+    )
+    for change in (
+        lambda base: base.embeddings.word_embeddings.weight.data[299, 31].add_(1e-3),
+        lambda base: base.encoder.layer[1].output.dense.weight.data[5, 3].add_(1e-3),
+        lambda base: base.embeddings.position_embeddings.weight.data[7].neg_(),
+    ):
+        base = tiny_roberta(vocab_size=vocab_size)
+        change(base.roberta)
+        for other in (base, words):
+            with pytest.raises(AdapterError, match="outside the adapted layers"):
+                load_adapter(other, tmp_path)
+    load_adapter(tiny_roberta(vocab_size=vocab_size).to(torch.bfloat16), tmp_path)
+
+
+@pytest.mark.parametrize(("before", "after"), [({"factor": 2.0}, {"factor": 4.0}), ([1, 2], [2, 1])])
+def test_nested_fields_and_lists_of_the_config_are_compared(config, tmp_path, before, after):
+    model, other = tiny_roberta(), tiny_roberta()
+    model.config.scales, other.config.scales = before, after
+    inject(model, config)
+    save_adapter(model, tmp_path, base="tiny")
+    with pytest.raises(AdapterError, match=r"with scales(.factor)? = "):
+        load_adapter(other, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("num_attention_heads", 4), ("layer_norm_eps", 1e-3), ("hidden_act", "relu")]
 )
@@ -107,6 +139,9 @@ def test_a_base_with_another_config_is_refused_by_field(folder, field, value):
         (CONFIG_FILE, {"target_modules": "(a|aa)+$"}, "very long to match"),
         (CONFIG_FILE, {"alpha_pattern": {"(a*)*b": 1.0}}, "very long to match"),
         (CONFIG_FILE, {"target_modules": ".*.*.*.*.*.*x"}, "very long to match"),
+        (CONFIG_FILE, {"target_modules": ".?" * 30 + "x"}, "very long to match"),
+        (CONFIG_FILE, {"target_modules": "(?:.|..|...)" * 14 + "x"}, "very long to match"),
+        (CONFIG_FILE, {"rank_pattern": {"(?!" + ".?" * 26 + "x)": 2}}, "very long to match"),
     ],
 )
 def test_crafted_configs_are_errors(folder, name, text, message):
@@ -115,6 +150,29 @@ def test_crafted_configs_are_errors(folder, name, text, message):
     (folder / name).write_text(text)
     with pytest.raises(AdapterError, match=message):
         load_adapter(tiny_roberta(), folder)
+
+
+def test_a_key_that_is_twice_in_a_config_is_an_error(folder):
+    text = (folder / CONFIG_FILE).read_text()
+    (folder / CONFIG_FILE).write_text(text.replace('"lora_alpha": 8', '"lora_alpha": 8, "lora_alpha": 16'))
+    with pytest.raises(AdapterError, match="a key is in it twice"):
+        read_adapter(folder)
+
+
+def test_a_rank_beyond_any_model_is_an_error_without_a_note_too(folder):
+    safetensors.torch.save_file(safetensors.torch.load_file(folder / TENSOR_FILE), folder / TENSOR_FILE)
+    fields = json.loads((folder / CONFIG_FILE).read_text())
+    (folder / CONFIG_FILE).write_text(json.dumps({**fields, "r": 10**400}))
+    with pytest.raises(AdapterError, match=r"r: a rank is at least 1 and below 2³¹"):
+        load_adapter(tiny_roberta(), folder)
+
+
+def test_a_head_that_is_no_matrix_is_an_error(folder):
+    tensors = safetensors.torch.load_file(folder / TENSOR_FILE)
+    tensors["base_model.model.classifier.out_proj.weight"] = torch.zeros(())
+    safetensors.torch.save_file(tensors, folder / TENSOR_FILE)
+    with pytest.raises(AdapterError, match="no classification head"):
+        load_trained(folder)
 
 
 def test_usual_regular_expressions_are_accepted():
@@ -126,7 +184,16 @@ def test_usual_regular_expressions_are_accepted():
         assert from_peft(fields).target_modules == pattern
 
 
-@pytest.mark.parametrize("note", [{"config": 1}, {"metadata": {}}, [], {"fingerprint": {}, "config": {}}])
+@pytest.mark.parametrize(
+    "note",
+    [
+        {"config": 1},
+        {"metadata": {}},
+        [],
+        {"fingerprint": {}, "config": {}},
+        {"fingerprint": {"adapted": {}, "rest": 5, "config": {}}, "config": {}, "metadata": {}},
+    ],
+)
 def test_a_note_of_another_format_is_an_error(folder, note):
     tensors = safetensors.torch.load_file(folder / TENSOR_FILE)
     if isinstance(note, dict):
@@ -203,6 +270,12 @@ def test_class_numbers_with_a_gap_keep_their_numbers(tmp_path):
             assert text.startswith(f"Title {news.labels[label]} ")
     with pytest.raises(DataError, match=r"test.csv:2: class '3' is not one of 1, 2, 4, 5"):
         load_news(write_ag(tmp_path, [1, 2, 4, 5] * 3, [1, 3]), 0.3, 0)
+
+
+def test_an_empty_line_between_class_names_shifts_no_class(tmp_path):
+    with pytest.raises(DataError, match=r"classes.txt:2: an empty line; line n names class n"):
+        load_news(write_ag(tmp_path, [1, 2, 3] * 3, [1, 2, 3], "one\n\ntwo\nthree\n"), 0.3, 0)
+    assert load_news(write_ag(tmp_path, [1, 2] * 3, [1], "one\ntwo\n\n"), 0.3, 0).labels == ("one", "two")
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\x85", "\x0b", "\x0c", "\x1c"])

@@ -111,11 +111,13 @@ def _class_names(path: Path) -> tuple[str, ...]:
     """The lines of classes.txt, or nothing if there is no such file."""
     if not path.is_file():
         return ()
-    names = tuple(line.strip() for line in _decode(path).split("\n") if line.strip())
+    names = tuple(line.strip() for line in _decode(path).rstrip().split("\n"))
+    if names == ("",):
+        raise DataError(f"{path}: it lists no class")
+    if "" in names:
+        raise DataError(f"{path}:{names.index('') + 1}: an empty line; line n names class n")
     if len(set(names)) != len(names):
         raise DataError(f"{path}: it lists a class twice")
-    if not names:
-        raise DataError(f"{path}: it lists no class")
     return names
 
 

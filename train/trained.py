@@ -96,7 +96,7 @@ def _load_adapter_folder(
             f"{folder / CONFIG_FILE}: base_model_name_or_path is empty, so the base is unknown"
         )
     head = adapter.tensors.get("classifier.out_proj.weight")
-    if head is None:
+    if head is None or head.ndim != 2:
         raise AdapterError(f"{folder}: the adapter has no classification head (classifier.out_proj.weight)")
     note = _checked(adapter.metadata, folder)
     labels = tuple(note.get("labels") or (f"LABEL_{i}" for i in range(len(head))))

@@ -133,9 +133,9 @@ _last_cast: tuple[weakref.ref[Tensor], int, Tensor] | None = None
 def cast_shared(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` in `dtype`. Query, key and value, which cast the same x in turn, share one cast.
 
-    The cast is cached until its source tensor is freed, and only where gradients are enabled, because
-    it is then saved for backward, and sharing saves memory too. Only tensors whose writes raise their version
-    are cached: not those of inference mode, and not those whose memory belongs to NumPy or another library.
+    The cast is cached until its source tensor is freed. It is cached only where gradients are enabled: it is
+    then saved for backward, and sharing saves memory too. Only tensors whose writes raise their version are
+    cached: not those of inference mode, and not those whose memory belongs to NumPy or another library.
     `.data` and DLPack write without a trace, so on the CPU an x that autograd did not compute is compared.
     """
     global _last_cast
