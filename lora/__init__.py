@@ -3,6 +3,7 @@
 Read `linear.py` first, then `inject.py`.
 """
 
+import lora.variants  # noqa: F401  registers the variants of LoRA
 from lora.config import LoraConfig
 from lora.eject import eject
 from lora.files import Adapter, AdapterError, load_adapter, read_adapter, save_adapter

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lora.linear import LoRALinear
+
 
 @dataclass(frozen=True)
 class Svd:
@@ -29,6 +31,13 @@ class Svd:
     def truncated(self, rank: int) -> Tensor:
         """The best approximation of M of that rank, (out, in) (Eckart-Young theorem)."""
         return (self.U[:, :rank] * self.S[:rank]) @ self.V[:, :rank].T
+
+
+def has_low_rank(layer: LoRALinear) -> bool:
+    """Whether the merged weight is W + ΔW with ΔW = scaling·B·A, where A and B are `layer.factors()`."""
+    kind = type(layer)
+    product = kind.delta_weight is LoRALinear.delta_weight or kind.factors is not LoRALinear.factors
+    return product and kind.merged_weight is LoRALinear.merged_weight
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -26,6 +26,8 @@ class LoraConfig:
     rank_pattern, alpha_pattern: a different r or lora_alpha for modules whose name ends with the key, a
         regular expression as in PEFT.
 
+    The other fields choose a variant of LoRA and its settings: lora/variants/README.md describes them.
+
     Raises TypeError or ValueError if a value is out of range; the message names the field.
     """
 
@@ -37,6 +39,13 @@ class LoraConfig:
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_dora: bool = False
+    use_lora_fa: bool = False
+    init_lora_weights: bool | str = True
+    peft_type: str = "LORA"
+    projection_prng_key: int = 0
+    d_initial: float = 0.1
+    save_projection: bool = True
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the dataclass is frozen
@@ -63,6 +72,8 @@ class LoraConfig:
         for pattern, alpha in self.alpha_pattern.items():
             _check_regex("alpha_pattern", pattern)
             check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
+        for check in CHECKS:
+            check(self)
 
     def for_layer(self, name: str) -> dict[str, Any]:
         """The keyword arguments of LoRALinear for the module called `name`."""
@@ -72,6 +83,9 @@ class LoraConfig:
             "lora_dropout": self.lora_dropout,
             "use_rslora": self.use_rslora,
         }
+
+
+CHECKS: list[Callable[[LoraConfig], None]] = []  # of the variants' fields; lora/variants adds them
 
 
 def check_rank(field_name: str, r: Any) -> None:
@@ -84,7 +98,7 @@ def check_rank(field_name: str, r: Any) -> None:
 
 def check_alpha(field_name: str, alpha: Any) -> None:
     """Raises TypeError or ValueError unless `alpha` is a finite positive number."""
-    _check_number(field_name, alpha)
+    check_number(field_name, alpha)
     if not 0 < alpha < 3.4e38:
         raise ValueError(
             f"{field_name}: alpha is a number above 0 and within float32, not {reprlib.repr(alpha)}"
@@ -93,14 +107,15 @@ def check_alpha(field_name: str, alpha: Any) -> None:
 
 def check_dropout(field_name: str, p: Any) -> None:
     """Raises TypeError or ValueError unless `p` is a probability below 1."""
-    _check_number(field_name, p)
+    check_number(field_name, p)
     if not 0 <= p < 1:
         raise ValueError(
             f"{field_name}: a dropout probability is at least 0 and below 1, not {reprlib.repr(p)}"
         )
 
 
-def _check_number(field_name: str, value: Any) -> None:
+def check_number(field_name: str, value: Any) -> None:
+    """Raises TypeError unless `value` is a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{field_name}: {value!r} is not a number")
 

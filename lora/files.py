@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lora.config import LoraConfig
 from lora.errors import UserError
 from lora.fingerprint import FLOATS, difference, fingerprint
-from lora.inject import Injection, build_layers, find_targets, swap_in
+from lora.inject import Injection, build_layers, find_targets, layer_class, swap_in
 from lora.interrupts import uninterrupted
 from lora.linear import LoRALinear
 from lora.modules import has_adapter, lora_config, lora_layers, modules_named, modules_once
@@ -38,6 +38,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 _NEXT_CONFIG_FILE = f".{CONFIG_FILE}.next"
 _PREFIX = "base_model.model."  # PEFT's wrappers around the model
+_SHARED_PREFIX = "base_model."
 _ENTRY = "lora"
 _NOTE = {"config": dict, "fingerprint": dict, "metadata": dict}
 
@@ -89,6 +90,9 @@ def save_adapter(
         "fingerprint": fingerprint(model, layers, saved),
         "metadata": _as_json(dict(metadata or {})),
     }
+    layer = layer_class(config)
+    if hasattr(layer, "to_plain"):
+        tensors = layer.to_plain(tensors)
     fields = to_peft(config, base, task_type)
     config_text = json.dumps(fields, indent=2, default=str) + "\n"  # unsorted: the first pattern wins
 
@@ -121,15 +125,26 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     if note and not all(isinstance(note.get(key), kind) for key, kind in _NOTE.items()):
         raise AdapterError(f"{path}: damaged: its note is not of this format")
     config, base = _read_config(folder / CONFIG_FILE)
-    if note and note["config"] != _as_json(dataclasses.asdict(config)):
+    if note:
+        own = _own_config(note["config"], path)
+        expected = from_peft(to_peft(own, "", None))
         following = folder / _NEXT_CONFIG_FILE
-        if following.is_file():
+        if config != expected and following.is_file():
             config, base = _read_config(following)
-        if note["config"] != _as_json(dataclasses.asdict(config)):
+        if config != expected:
             raise AdapterError(
                 f"{folder / CONFIG_FILE}: not the config that is stored in {TENSOR_FILE}; the files come from"
                 " different adapters"
             )
+        # The note is sorted, and the first pattern that matches wins.
+        config = dataclasses.replace(
+            own,
+            rank_pattern={key: own.rank_pattern[key] for key in config.rank_pattern},
+            alpha_pattern={key: own.alpha_pattern[key] for key in config.alpha_pattern},
+        )
+        layer = layer_class(config)
+        if hasattr(layer, "from_plain"):
+            tensors = layer.from_plain(tensors)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype not in (*FLOATS, torch.float64):
             raise AdapterError(f"{path}: {name} is {tensor.dtype}, which is not supported")
@@ -142,7 +157,7 @@ def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
     check_base: bool = True,
-    layer: type[LoRALinear] = LoRALinear,
+    layer: type[LoRALinear] | None = None,
 ) -> Adapter:
     """Injects the folder's adapter into a base model, in place, and loads its tensors.
 
@@ -152,14 +167,15 @@ def load_adapter(
 
     check_base: refuse another base model than the adapter was trained on, by its config, its adapted weights
     and a sample of its other weights. An adapter saved by PEFT has no fingerprint; then only the names are
-    compared, and a difference is a warning, because one model has several names. layer: the class of the
-    adapted layers.
+    compared, and a difference is a warning, because one model has several names. layer: another class of
+    adapted layers than the one that the folder's config asks for.
 
     Raises RuntimeError if the model has an adapter, FileNotFoundError, AdapterError (it names the tensor).
     The model is then unchanged.
     """
     adapter = read_adapter(folder)
     config = adapter.config
+    layer = layer or layer_class(config)
     if has_adapter(model):
         raise RuntimeError("the model has an adapter already; eject it first")
     try:
@@ -201,6 +217,9 @@ def _adapter_tensors(layers: Mapping[str, LoRALinear], saved: Mapping[str, nn.Mo
         for name, layer in layers.items()
         for key in layer.adapter_tensors
     }
+    first = next(iter(layers.values()))
+    if hasattr(first, "shared_tensors"):
+        tensors |= first.shared_tensors()  # type: ignore[operator]
     for name, module in saved.items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in module.state_dict().items()}
     return tensors
@@ -220,6 +239,8 @@ def _expected_tensors(
             bias = linear.bias is not None
             empty = nn.Linear(linear.in_features, linear.out_features, bias, dtype=linear.weight.dtype)
             layers[name] = layer(empty, **config.for_layer(name))
+        if hasattr(layer, "share"):
+            layer.share(list(layers.values()), config)
     return _adapter_tensors(layers, saved)
 
 
@@ -265,11 +286,13 @@ def _check_base(
 
 
 def _to_peft_key(name: str) -> str:
+    if "." not in name:  # shared by all layers
+        return f"{_SHARED_PREFIX}{name}"
     return f"{_PREFIX}{name}.weight" if name.endswith((".lora_A", ".lora_B")) else f"{_PREFIX}{name}"
 
 
 def _from_peft_key(key: str) -> str:
-    name = key.removeprefix(_PREFIX)
+    name = key.removeprefix(_PREFIX if key.count(".") > 1 else _SHARED_PREFIX)
     return name.removesuffix(".weight") if name.endswith((".lora_A.weight", ".lora_B.weight")) else name
 
 
@@ -294,6 +317,14 @@ def _read_config(path: Path) -> tuple[LoraConfig, str | None]:
         return from_peft(fields), base
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{path}: {error}") from error
+
+
+def _own_config(fields: dict[str, Any], path: Path) -> LoraConfig:
+    """The config in a note. It has fields that adapter_config.json does not have, such as use_lora_fa."""
+    try:
+        return LoraConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{path}: the config in its note: {error}") from error
 
 
 def _some(keys: set[str]) -> str:

@@ -33,17 +33,29 @@ class Injection:
         return "\n".join(lines)
 
 
+# A field of LoraConfig, a value of it, and the class of layers that this value asks for. lora/variants adds
+# its classes, which this file does not know.
+VARIANTS: list[tuple[str, object, type[LoRALinear]]] = []
+
+
+def layer_class(config: LoraConfig) -> type[LoRALinear]:
+    """The class of the layers that `config` describes: LoRALinear, or a variant of it."""
+    asked = (layer for field, value, layer in VARIANTS if getattr(config, field) == value)
+    return next(asked, LoRALinear)
+
+
 def inject(
-    model: nn.Module, config: LoraConfig, seed: int = 0, layer: type[LoRALinear] = LoRALinear
+    model: nn.Module, config: LoraConfig, seed: int = 0, layer: type[LoRALinear] | None = None
 ) -> Injection:
-    """Replaces every nn.Linear that `config.target_modules` matches by a `layer`, in place.
+    """Replaces every nn.Linear that `config.target_modules` matches by a LoRALinear, in place.
 
     Freezes every parameter except the adapters and the modules in `config.modules_to_save`. Each lora_A is
     drawn from `seed` and the module's name alone. Device, dtype, mode and hooks of a layer are preserved.
     The model keeps the config as `model.lora_config`, for `save_adapter`.
 
     Outputs in eval mode stay the same bit for bit, because lora_B starts at zero. Two exceptions: adding
-    zero turns -0.0 into 0.0, and an A·x that overflows gives NaN. layer: LoRALinear or a subclass of it.
+    zero turns -0.0 into 0.0, and an A·x that overflows gives NaN. layer: another class, a subclass of
+    LoRALinear, than the one that the config asks for.
 
     Raises RuntimeError if the model has an adapter, ValueError if a pattern matches nothing, TypeError if
     it matches a module that cannot be adapted, or if a module in modules_to_save cannot train. The model
@@ -55,7 +67,8 @@ def inject(
     _refuse_unmatched(model, "target_modules", injection.adapted)
     _refuse_unmatched(model, "modules_to_save", injection.saved)
     with uninterrupted():
-        swap_in(model, config, injection, build_layers(model, config, injection, layer, seed))
+        layers = build_layers(model, config, injection, layer or layer_class(config), seed)
+        swap_in(model, config, injection, layers)
     return injection
 
 
@@ -112,6 +125,8 @@ def build_layers(
             layers[linear] = layer(linear, **config.for_layer(name), generator=generator)  # type: ignore[arg-type]
             if hasattr(linear, "on_inject"):  # a Linear that was changed in place passes the change on
                 linear.on_inject(layers[linear])  # type: ignore[operator]
+        if hasattr(layer, "share"):  # a variant whose layers have tensors in common
+            layer.share(list(layers.values()), config)
     except BaseException:
         for parameter in trainable:
             parameter.requires_grad_(True)

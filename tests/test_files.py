@@ -120,7 +120,7 @@ def test_tensors_that_do_not_fit_are_errors_that_name_the_key(folder, change, me
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora: True"),
+        ({"use_qalora": True}, "use_qalora: True"),
         ({"lora_bias": True}, "lora_bias"),
         ({"bias": "all"}, "bias: 'all'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa'"),

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora import LoRALinear
-from lora.anatomy import effective_rank, singular_values_from_grams
+from lora.anatomy import effective_rank, has_low_rank, singular_values_from_grams
 from lora.modules import lora_layers
 from train.hardware import one_thread
 
@@ -46,10 +45,10 @@ class Telemetry:
 
         Empty if a value is not finite, as in a step that float16's scaler skips. Waits for the device.
         """
-        plain = all(_is_product(layer) for layer in self.layers)
+        plain = all(has_low_rank(layer) for layer in self.layers)
         parts = [self._gradients.double()]
         for layer in self.layers if plain else ():
-            A, B = layer.lora_A.double(), layer.lora_B.double()
+            A, B = (factor.double() for factor in layer.factors())
             parts += [(A @ A.T).flatten(), (B.T @ B).flatten()]
         values = torch.cat(parts).cpu()  # the only wait for the device
         if not values.isfinite().all():
@@ -60,7 +59,8 @@ class Telemetry:
             found = {"delta_over_weight": [], "effective_rank": []}
             with one_thread():
                 for layer, weight_norm in zip(self.layers, self._weight_norms, strict=True):
-                    grams, rest = rest[: 2 * layer.r**2].view(2, layer.r, layer.r), rest[2 * layer.r**2 :]
+                    rank = len(layer.factors()[0])
+                    grams, rest = rest[: 2 * rank**2].view(2, rank, rank), rest[2 * rank**2 :]
                     singular_values = layer.scaling * singular_values_from_grams(grams[0], grams[1])
                     found["delta_over_weight"].append(float(singular_values.norm()) / weight_norm)
                     found["effective_rank"].append(effective_rank(singular_values))
@@ -72,12 +72,6 @@ class Telemetry:
 def watched_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of a log that have the numbers of ΔW."""
     return [line for line in lines if "delta_over_weight" in line]
-
-
-def _is_product(layer: LoRALinear) -> bool:
-    """Whether ΔW is scaling·B·A: the class overrides neither formula of LoRALinear."""
-    kind = type(layer)
-    return (kind.delta_weight, kind.merged_weight) == (LoRALinear.delta_weight, LoRALinear.merged_weight)
 
 
 def _floats(values: Tensor) -> list[float]:
