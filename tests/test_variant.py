@@ -5,9 +5,11 @@ taken through the same life without a change in `lora/`.
 """
 
 import copy
+import dataclasses
 import random
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,11 +31,19 @@ from lora import (
     save_adapter,
     unmerge,
 )
+from lora.anatomy import principal_angles
 from lora.fast import FastLinear, fuse
 from lora.files import CONFIG_FILE, TENSOR_FILE
 from lora.inject import VARIANTS, layer_class
 from lora.modules import lora_layers
-from lora.variants.eva import EVALinear
+from lora.variants.eva import EVALinear, inject_eva
+from lora.variants.lora_plus import parameter_groups
+from model import load_base, speed_up
+from train.batches import encode
+from train.checkpoint import load_last_checkpoint, save_checkpoint
+from train.data import load_news
+from train.job import _make_model
+from train.loop import Trainer
 from train.telemetry import Telemetry
 
 
@@ -64,16 +74,20 @@ SETTINGS = {
     "lora_fa": ({"use_lora_fa": True}, 4 * 4 * 32),
     "pissa": ({"init_lora_weights": "pissa"}, 4 * 4 * 64),
     "milora": ({"init_lora_weights": "milora", "use_rslora": True}, 4 * 4 * 64),
-    "vera": ({"peft_type": "VERA", "projection_prng_key": 7}, 4 * (4 + 32)),
-    "vera, pair not saved": ({"peft_type": "VERA", "save_projection": False}, 4 * (4 + 32)),
+    "vera": ({"peft_type": "VERA"}, 4 * (4 + 32)),
+    "vera, pair not saved": (
+        {"peft_type": "VERA", "projection_prng_key": 7, "save_projection": False},
+        4 * (4 + 32),
+    ),
 }
+START = {"eva": {"init_lora_weights": "eva"}}  # then the layers are LoRALinear
 variants = pytest.mark.parametrize("variant", SETTINGS)
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 def config_of(variant: str, **settings) -> LoraConfig:
     fields = {"r": 4, "lora_alpha": 8, "modules_to_save": ("classifier",)}
-    return LoraConfig(**{**fields, **SETTINGS[variant][0], **settings})
+    return LoraConfig(**{**fields, **(START.get(variant) or SETTINGS[variant][0]), **settings})
 
 
 def randomise(model: nn.Module, seed: int = 1) -> None:
@@ -279,10 +293,137 @@ def test_a_variant_with_a_missing_tensor_in_its_folder_is_an_error(config, tmp_p
         load_adapter(tiny_roberta(), tmp_path, layer=GatedLoRALinear)
 
 
+def eva_batches(input_ids):
+    """Two batches, the second of other texts and partly padding."""
+    mask = torch.ones_like(input_ids)
+    mask[1, 6:] = 0
+    return [{"input_ids": input_ids}, {"input_ids": input_ids.flip(1) + 40, "attention_mask": mask}]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_eva_starts_at_the_singular_vectors_of_the_inputs_and_redistributes_the_rank(use_rslora, input_ids):
+    config = config_of(
+        "eva", lora_dropout=0.5, use_rslora=use_rslora, target_modules=("query", "output.dense")
+    )
+    model = tiny_roberta().train()
+    original = copy.deepcopy(model).eval()
+    inputs: dict[str, list[torch.Tensor]] = {}
+    batches = eva_batches(input_ids)
+    for name, module in original.named_modules():
+        if name.endswith(("query", "output.dense")):
+            module.register_forward_pre_hook(lambda _, x, name=name: inputs.setdefault(name, []).append(x[0]))
+    wanted = [original(**batch).logits for batch in batches]
+    inject_eva(model, config, batches, seed=3)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    model.eval()
+    assert all(torch.equal(model(**b).logits, logits) for b, logits in zip(batches, wanted, strict=True))
+
+    layers = lora_layers(model)
+    explained = {}
+    for name, layer in layers.items():
+        assert type(layer) is LoRALinear
+        first, second = inputs[name]
+        X = torch.cat([first.flatten(0, 1), second[batches[1]["attention_mask"].bool()]]).double().numpy()
+        _, S, Vh = np.linalg.svd(X, full_matrices=False)
+        explained[name] = S**2 / (S**2).sum()
+        angles = principal_angles(layer.lora_A.T, torch.from_numpy(Vh[: layer.r].copy()).T)
+        assert angles.max() < 1e-6  # lora_A is rounded to float32
+        assert layer.scaling == pytest.approx(8 / 4**0.5 if use_rslora else 2, rel=1e-12)
+    ranks = {name: layer.r for name, layer in layers.items()}
+    assert sum(ranks.values()) == 4 * len(layers)
+    assert len(set(ranks.values())) > 1
+    assert all(1 <= rank <= 8 for rank in ranks.values())
+    weakest = min(explained[name][rank - 1] for name, rank in ranks.items() if rank > 1)
+    strongest = max(explained[name][rank] for name, rank in ranks.items() if rank < 8)
+    assert strongest <= weakest  # no direction outside explains more than one inside
+    assert model.lora_config.init_lora_weights is True
+
+
+def test_eva_needs_batches_and_says_so(input_ids):
+    model = tiny_roberta()
+    with pytest.raises(ValueError, match="needs batches; call inject_eva"):
+        inject(model, config_of("eva"))
+    with pytest.raises(ValueError, match="query: no batch has reached"):
+        inject_eva(model, config_of("eva"), [])
+    with torch.no_grad():
+        model.roberta.embeddings.LayerNorm.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="query: its inputs are not finite"):
+        inject_eva(model, config_of("eva"), eva_batches(input_ids))
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_lora_plus_multiplies_the_rate_of_b_alone(config, input_ids):
+    """One step of SGD by the groups, against one written by hand."""
+    model = tiny_roberta()
+    inject(model, config)
+    randomise(model)
+    model(input_ids).logits.square().mean().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wanted = {}
+    for name, p in trained.items():
+        decayed = 0.1 * p if p.ndim == 2 else 0
+        wanted[name] = (p - (0.8 if name.endswith("lora_B") else 0.05) * (p.grad + decayed)).detach()
+    groups = parameter_groups(trained, 0.05, weight_decay=0.1, loraplus_lr_ratio=16)
+    torch.optim.SGD(groups).step()
+    for name, p in trained.items():  # float32: the same sum in another order
+        torch.testing.assert_close(p.detach(), wanted[name], rtol=1e-6, atol=1e-7)
+    assert len(parameter_groups(trained, 0.05, weight_decay=0.1)) == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [fields for name, (fields, _) in SETTINGS.items() if "," not in name]
+    + [{"init_lora_weights": "eva"}, {"loraplus_lr_ratio": 16}, {}],
+    ids=str,
+)
+def test_a_stopped_and_resumed_training_ends_in_the_same_bits(settings, tiny_recipe, tmp_path):
+    recipe = dataclasses.replace(tiny_recipe, r=4, epochs=1, **settings)
+    news = load_news(recipe.data, recipe.validation_fraction, recipe.seed)
+
+    def make_trainer():
+        model, tokenizer, _ = _make_model(recipe, news)
+        speed_up(model, "fp32")
+        rows, validation = (encode(split, tokenizer, 16) for split in (news.train, news.validation))
+        pad = tokenizer.pad_token_id
+        return Trainer(model, recipe, rows, validation, pad, torch.device("cpu"), "fp32")
+
+    whole = make_trainer()
+    for _ in whole.epochs():
+        if whole.state.step == 3:
+            save_checkpoint(tmp_path, whole, {})
+    resumed = make_trainer()
+    with torch.no_grad():  # as if the start came out otherwise, on another machine
+        for layer in lora_layers(resumed.model).values():
+            for key in layer.adapter_tensors:
+                getattr(layer, key).add_(1)
+    assert load_last_checkpoint(tmp_path, resumed, {})
+    list(resumed.epochs())
+    assert whole.state.step == resumed.state.step > 3
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    save_adapter(whole.model, tmp_path / "adapter", base="tiny")
+    loaded, _ = load_base(recipe.model, num_labels=3)
+    load_adapter(loaded, tmp_path / "adapter")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"use_dora": 1}, "use_dora: 1 is not one of False, True"),
+        (
+            {"init_lora_weights": "pisa"},
+            "init_lora_weights: 'pisa' is not one of True, 'pissa', 'milora', 'eva'",
+        ),
+        ({"init_lora_weights": False}, "init_lora_weights: False"),
+        ({"use_dora": True, "init_lora_weights": "pissa"}, "use_dora and init_lora_weights: .*choose one"),
+        ({"use_lora_fa": True, "peft_type": "VERA"}, "use_lora_fa and peft_type: .*choose one"),
+        ({"peft_type": "VERA", "use_rslora": True}, "use_rslora: not a setting of peft_type 'VERA'"),
+        ({"peft_type": "VERA", "rank_pattern": {"query": 2}}, "rank_pattern: not a setting"),
+        ({"projection_prng_key": 1}, "projection_prng_key: not a setting of peft_type 'LORA'"),
+        ({"peft_type": "VERA", "projection_prng_key": -1}, "projection_prng_key: -1 is not a seed"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

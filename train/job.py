@@ -17,13 +17,14 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora import ParameterCount, count_parameters, inject
+from lora import ParameterCount, count_parameters
 from lora.fingerprint import config_fields
 from lora.modules import train_only
 from lora.storage import digest, write_atomically
 from model import HEAD, load_base, speed_up
+from train.adapter import inject_adapter
 from train.batches import Encoded, encode, tokenizer_digest
-from train.checkpoint import list_checkpoints, load_last_checkpoint, save_checkpoint
+from train.checkpoint import base_tensors, list_checkpoints, load_last_checkpoint, save_checkpoint
 from train.config import Recipe, RecipeError
 from train.console import Console, SilentConsole
 from train.data import DataError, News, load_news
@@ -79,7 +80,7 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
     identity = {
         "recipe": recipe.to_toml(),
         "data": news.digest(),
-        "base model": digest(dict(model.named_parameters()) | dict(model.named_buffers()), {}),
+        "base model": digest(base_tensors(model), {}),
         "config of the base model": json.dumps(config_fields(model), sort_keys=True),
         "tokenizer": tokenizer_digest(tokenizer),
         "precision": precision,
@@ -156,12 +157,13 @@ def _make_model(recipe: Recipe, news: News) -> tuple[PreTrainedModel, Any, Param
             raise RecipeError(
                 f"r: {recipe.r:,} is more than the rank of a weight of {recipe.model}, {width:,}"
             )
-        try:
-            inject(model, recipe.lora_config(), seed=recipe.seed)
-        except (TypeError, ValueError, RuntimeError) as error:  # a pattern, or a rank too large for memory
-            raise RecipeError(str(error)) from error
+        inject_adapter(model, recipe, tokenizer, lambda: news.train)
     elif recipe.method == "head":
         train_only(model, HEAD)
+    if recipe.loraplus_lr_ratio != 1 and not any(
+        name.endswith("lora_B") and p.requires_grad for name, p in model.named_parameters()
+    ):
+        raise RecipeError("loraplus_lr_ratio: it is the learning rate of lora_B, and no lora_B trains here")
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model, tokenizer, count_parameters(model, head=HEAD)

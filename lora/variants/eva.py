@@ -32,13 +32,6 @@ from lora.modules import lora_layers, modules_once
 _MOST = 2  # no layer gets more than twice the rank that it would have without redistribution
 
 
-class EVALinear(LoRALinear):
-    """Refuses init_lora_weights = "eva" in `inject`, which has no batches: raises ValueError."""
-
-    def __init__(self, *_: Any, **settings: Any):
-        raise ValueError('init_lora_weights: "eva" needs batches; call inject_eva of lora.variants.eva')
-
-
 def inject_eva(
     model: nn.Module, config: LoraConfig, batches: Iterable[Mapping[str, Tensor]], seed: int = 0
 ) -> Injection:
@@ -131,3 +124,15 @@ def distribute(shares: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[s
     for _, name in sorted(rivals, key=lambda rival: rival[0])[: sum(ranks.values()) - len(ranks)]:
         found[name] += 1
     return found
+
+
+class EVALinear(LoRALinear):
+    """Takes the place of a class of layers in the table of variants: there is none, as layers are LoRALinear.
+
+    Raises ValueError, because `inject` has no batches.
+    """
+
+    inject_from_batches = staticmethod(inject_eva)  # for callers that do not know the variant of a config
+
+    def __init__(self, *_: Any, **__: Any):
+        raise ValueError('init_lora_weights: "eva" needs batches; call inject_eva of lora.variants.eva')

@@ -23,10 +23,11 @@ def parameter_groups(
     """The optimizer's groups of the trained parameters, which are given by their dotted names.
 
     Each lora_B has the rate loraplus_lr_ratio·learning_rate. Vectors, such as biases, have no weight decay.
+    Groups with the lowest rate come first.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}  # by learning rate and weight decay
     for name, parameter in parameters.items():
-        rate = learning_rate * (loraplus_lr_ratio if name.endswith("lora_B") else 1.0)
-        decay = weight_decay if parameter.ndim >= 2 else 0.0
-        groups.setdefault((rate, decay), []).append(parameter)
-    return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
+        ratio = loraplus_lr_ratio if name.endswith("lora_B") else 1.0
+        key = (ratio * learning_rate, weight_decay if parameter.ndim >= 2 else 0.0)
+        groups.setdefault(key, []).append(parameter)
+    return [{"params": groups[key], "lr": key[0], "weight_decay": key[1]} for key in sorted(groups)]

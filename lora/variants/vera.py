@@ -99,11 +99,6 @@ class VeRALinear(LoRALinear):
         thin = self.vera_lambda_d * F.linear(x, A)  # (..., r)
         return (h + self.scaling * self.vera_lambda_b * F.linear(thin, B)).to(h.dtype)
 
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """diag(λ_d)·A (r, in) and diag(λ_b)·B (out, r), whose product is ΔW."""
-        A, B = self._slices()
-        return self.vera_lambda_d[:, None] * A, self.vera_lambda_b[:, None] * B
-
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """ΔW = diag(λ_b)·B·diag(λ_d)·A, (out, in), float64."""

@@ -113,7 +113,7 @@ def run_experiments(model: nn.Module, test_set: TestSet, whole: Score, report: R
                     key: score_with(enable_only(model, group)) for key, group in groups.items()
                 }
     report("scoring ΔW truncated and scaled")
-    r = max(layer.r for layer in lora_layers(model).values())
+    r = max(len(layer.factors()[0]) for layer in lora_layers(model).values())
     by_rank = {k: score_with(truncated(model, k)) for k in _ranks(r) if 0 < k < r}
     by_factor = {f: score_with(scaled(model, f)) for f in FACTORS if f not in (0, 1)} | {0.0: off, 1.0: whole}
     return {
