@@ -31,7 +31,8 @@ from lora import (
     save_adapter,
     unmerge,
 )
-from lora.anatomy import principal_angles
+from lora.ablate import scaled, truncated
+from lora.anatomy import has_low_rank, principal_angles, svd
 from lora.fast import FastLinear, fuse
 from lora.files import CONFIG_FILE, TENSOR_FILE
 from lora.inject import VARIANTS, layer_class
@@ -69,7 +70,7 @@ class GatedLoRALinear(LoRALinear):
 
 
 # Fields of the config, and the trained numbers of a tiny RoBERTa's four layers of 32 x 32 with r = 4
-SETTINGS = {
+SETTINGS: dict[str, tuple[dict, int]] = {
     "dora": ({"use_dora": True}, 4 * (4 * 64 + 32)),
     "lora_fa": ({"use_lora_fa": True}, 4 * 4 * 32),
     "pissa": ({"init_lora_weights": "pissa"}, 4 * 4 * 64),
@@ -291,6 +292,31 @@ def test_a_variant_with_a_missing_tensor_in_its_folder_is_an_error(config, tmp_p
     save_adapter(model, tmp_path, base="tiny")
     with pytest.raises(AdapterError, match="4 tensors are missing: .*gate"):
         load_adapter(tiny_roberta(), tmp_path, layer=GatedLoRALinear)
+
+
+@torch.no_grad()
+def test_ablations_work_where_the_update_has_low_rank_and_are_refused_elsewhere(adapted, input_ids):
+    layers = lora_layers(adapted)
+    if not has_low_rank(next(iter(layers.values()))):
+        for change in (scaled(adapted, 2.0), truncated(adapted, 1)):
+            with pytest.raises(RuntimeError, match="query: the update of a .* is not scaling"), change:
+                pass
+        return
+    before = {key: tensor.clone() for key, tensor in adapted.state_dict().items()}
+    wanted = {name: svd(layer.delta_weight()) for name, layer in layers.items()}
+    logits = adapted(input_ids).logits
+    with truncated(adapted, 2):
+        assert not torch.equal(adapted(input_ids).logits, logits)
+        for name, layer in layers.items():
+            A, B = layer.factors()
+            best = wanted[name].truncated(2)
+            for delta in (layer.delta_weight(), layer.scaling * B.double() @ A.double()):
+                assert (delta - best).abs().max() <= 1e-6 * best.abs().max()  # B is rounded to float32
+    with scaled(adapted, 0.0), disabled(adapted):
+        base = adapted(input_ids).logits
+    with scaled(adapted, 0.0):
+        assert torch.equal(adapted(input_ids).logits, base)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in adapted.state_dict().items())
 
 
 def eva_batches(input_ids):
