@@ -5,7 +5,8 @@ Read `linear.py` first, then `inject.py`.
 
 import lora.conv1d
 import lora.targets
-import lora.validation  # noqa: F401
+import lora.validation
+import lora.variants  # noqa: F401
 from lora.check import check
 from lora.check_layer import check_layer
 from lora.config import LoraConfig

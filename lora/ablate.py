@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora.adapted import product_layers
 from lora.anatomy import delta_svd
@@ -45,7 +45,7 @@ def enable_only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 def scaled(model: nn.Module, factor: float) -> Iterator[None]:
     """Multiplies ΔW by `factor` in every layer: 0 gives the base model, 1 the adapter, -1 its opposite.
 
-    Raises RuntimeError if a layer is merged or disabled.
+    Raises RuntimeError if a layer is merged or disabled, or if its ΔW is not scaling·B·A.
     """
     layers = _unmerged(model)
     before = {name: layer.scaling for name, layer in layers.items()}
@@ -66,26 +66,33 @@ def truncated(model: nn.Module, rank: int) -> Iterator[None]:
     """Replaces every ΔW by its best approximation of that rank; a rank of r or more changes nothing.
 
     With the k strongest left singular vectors U_k of ΔW, U_k·U_kᵀ·ΔW = s·(U_k·U_kᵀ·B)·A. So only B is
-    written to. It is rounded once to its dtype.
+    written to (and B₀ where ΔW is measured from a start). It is rounded once to its dtype.
 
-    Raises RuntimeError if a layer is merged or disabled, ValueError if the rank is negative.
+    Raises RuntimeError if a layer is merged or disabled, or if its ΔW is not scaling·B·A, ValueError if the
+    rank is negative.
     """
     if rank < 0:
         raise ValueError(f"rank: {rank} is negative")
-    layers = {name: layer for name, layer in _unmerged(model).items() if rank < layer.r}
-    before = {name: layer.lora_B.detach().clone() for name, layer in layers.items()}
+    layers = [layer for layer in _unmerged(model).values() if rank < len(layer.factors()[0])]
+    before = {layer: {B: B.detach().clone() for B in _left_factors(layer)} for layer in layers}
 
     def restore() -> None:
         with torch.no_grad():
-            for name, layer in layers.items():
-                layer.lora_B.copy_(before[name])
+            for tensors in before.values():
+                for B, old in tensors.items():
+                    B.copy_(old)
 
     with restoring(restore):
         with uninterrupted(), torch.no_grad():
-            for layer in layers.values():
-                U = delta_svd(layer.lora_A, layer.lora_B, layer.scaling).U[:, :rank]  # (out, k)
-                layer.lora_B.copy_(U @ (U.T @ layer.lora_B.double()))
+            for layer in layers:
+                U = delta_svd(*layer.factors(), layer.scaling).U[:, :rank]  # (out, k)
+                for B in before[layer]:
+                    B.copy_(U @ (U.T @ B.double()))
         yield
+
+
+def _left_factors(layer: LoRALinear) -> list[Tensor]:
+    return [getattr(layer, key) for key in layer.adapter_tensors if key.endswith("_B")]
 
 
 def _unmerged(model: nn.Module) -> dict[str, LoRALinear]:

@@ -27,16 +27,18 @@ def product_layers(model: nn.Module) -> dict[str, LoRALinear]:
     """`lora_layers` of an adapter whose ΔW is scaling·B·A. Raises RuntimeError if it is another variant's."""
     layers: dict[str, LoRALinear] = {}
     for name, layer in lora_layers(model).items():
-        if not is_product(layer):
-            raise RuntimeError(f"{name} is a {type(layer).__name__}, whose ΔW is not scaling·B·A")
+        if not has_low_rank(layer):
+            raise RuntimeError(f"{name}: the update of a {type(layer).__name__} is not scaling·B·A")
         layers[name] = layer
     return layers
 
 
-def is_product(layer: MergeableLinear) -> TypeGuard[LoRALinear]:
-    """Whether ΔW is scaling·B·A: the class overrides neither formula of LoRALinear."""
-    kind, formulas = type(layer), ("delta_weight", "merged_weight")
-    return all(getattr(kind, name, None) is getattr(LoRALinear, name) for name in formulas)
+def has_low_rank(layer: MergeableLinear) -> TypeGuard[LoRALinear]:
+    """Whether the merged weight is W + ΔW with ΔW = scaling·B·A, where A and B are `layer.factors()`."""
+    kind = type(layer)
+    if not issubclass(kind, LoRALinear) or kind.merged_weight is not LoRALinear.merged_weight:
+        return False
+    return kind.delta_weight is LoRALinear.delta_weight or kind.factors is not LoRALinear.factors
 
 
 def has_adapter(model: nn.Module) -> bool:

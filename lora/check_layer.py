@@ -25,7 +25,7 @@ def check_layer(layer: type[MergeableLinear]) -> Report:
     The class must be a subclass of MergeableLinear, constructed as `layer(linear, r=, lora_alpha=,
     lora_dropout=, use_rslora=, generator=)`. It is expected to compute a function that is linear in x for
     a given dropout mask, with the gradients of what it computes. A class whose gradients leave something
-    out on purpose, as DoRA's norm, says so in `detached = "reason"`; its gradients are then not tested.
+    out on purpose, such as a norm, says so in `detached = "reason"`; its gradients are then not tested.
 
     Nothing is raised: an exception in the class is a line of the report.
     """
@@ -91,7 +91,7 @@ def _is_constructed(layer: type[MergeableLinear]) -> Results:
     )
     other = [name for name in made.trained_tensors if name not in made.adapter_tensors]
     yield not other, f"trained_tensors are among adapter_tensors{_but(other)}"
-    forgotten = sorted(kept.keys() - {"weight", "bias", *made.adapter_tensors})
+    forgotten = sorted(made.state_dict().keys() - {"weight", "bias", *made.adapter_tensors})
     yield (
         not forgotten,
         f"every tensor of the adapter is in adapter_tensors, so that it is saved{_but(forgotten)}",

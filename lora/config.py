@@ -25,6 +25,8 @@ class LoraConfig:
     rank_pattern, alpha_pattern: a different r or lora_alpha for modules whose name ends with the key, a
         regular expression as in PEFT.
 
+    The other fields choose a variant of LoRA and its settings: lora/variants/README.md describes them.
+
     Raises TypeError or ValueError if a value is out of range; the message names the field.
     """
 
@@ -36,6 +38,13 @@ class LoraConfig:
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_dora: bool = False
+    use_lora_fa: bool = False
+    init_lora_weights: bool | str = True
+    peft_type: str = "LORA"
+    projection_prng_key: int = 0
+    d_initial: float = 0.1
+    save_projection: bool = True
 
     def __post_init__(self) -> None:
         set_field = object.__setattr__  # the dataclass is frozen

@@ -24,9 +24,16 @@ from lora.adapted import has_adapter, lora_config, lora_layers
 from lora.config import LoraConfig
 from lora.errors import UserError
 from lora.fingerprint import FLOATS, difference, fingerprint
-from lora.inject import CONVERSIONS, Injection, build_layers, find_targets, swap_in, unchanged_on_error
+from lora.inject import (
+    CONVERSIONS,
+    Injection,
+    build_layers,
+    find_targets,
+    layer_class,
+    swap_in,
+    unchanged_on_error,
+)
 from lora.interrupts import uninterrupted
-from lora.linear import LoRALinear
 from lora.mergeable import MergeableLinear
 from lora.modules import WRAPPERS, modules_named, modules_once, unwrap
 from lora.peft_format import from_peft, to_peft
@@ -43,6 +50,7 @@ CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 _NEXT_CONFIG_FILE = f".{CONFIG_FILE}.next"
 _PREFIX = "base_model.model."  # PEFT's wrappers around the model
+_SHARED_PREFIX = "base_model."
 _ENTRY = "lora"
 _FINGERPRINT = ("adapted", "rest", "config")
 
@@ -109,6 +117,9 @@ def save_adapter(
     }
     if own := _own_class(next(iter(layers.values()))):
         note["layer"] = own
+    layer = layer_class(config)
+    if hasattr(layer, "to_plain"):
+        tensors = layer.to_plain(tensors)
     fields = to_peft(config, base, task_type)
     fields["fan_in_fan_out"] = any(layer.fan_in_fan_out for layer in layers.values())
     config_text = json.dumps(fields, indent=2, default=str) + "\n"  # unsorted: the first pattern wins
@@ -145,29 +156,46 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
     ):
         raise AdapterError(f"{path}: damaged: its note is not of this format")
     config, base = _read_config(folder / CONFIG_FILE)
-    if note and note["config"] != _as_json(dataclasses.asdict(config)):
+    if note:
+        own = _own_config(note["config"], path)
+        expected = from_peft(to_peft(own, "", None))
         following = folder / _NEXT_CONFIG_FILE
-        if following.is_file():
+        if config != expected and following.is_file():
             config, base = _read_config(following)
-        if note["config"] != _as_json(dataclasses.asdict(config)):
+        if config != expected:
             raise AdapterError(
                 f"{folder / CONFIG_FILE}: not the config that is stored in {TENSOR_FILE}; the files come from"
                 " different adapters"
             )
+        # The note is sorted, and the first pattern that matches wins.
+        config = dataclasses.replace(
+            own,
+            rank_pattern={key: own.rank_pattern[key] for key in config.rank_pattern},
+            alpha_pattern={key: own.alpha_pattern[key] for key in config.alpha_pattern},
+        )
+        layer = layer_class(config)
+        if hasattr(layer, "from_plain"):
+            tensors = layer.from_plain(tensors)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype not in (*FLOATS, torch.float64):
             raise AdapterError(f"{path}: {name} is {tensor.dtype}, which is not supported")
         if not tensor.isfinite().all():
             raise AdapterError(f"{path}: {name} is not finite")
-    layer = str(note.get("layer", ""))
-    return Adapter(config, base, tensors, note.get("fingerprint", {}), note.get("metadata", {}), layer)
+    return Adapter(
+        config,
+        base,
+        tensors,
+        note.get("fingerprint", {}),
+        note.get("metadata", {}),
+        str(note.get("layer", "")),
+    )
 
 
 def load_adapter(
     model: nn.Module,
     folder: str | os.PathLike[str],
     check_base: bool = True,
-    layer: type[MergeableLinear] = LoRALinear,
+    layer: type[MergeableLinear] | None = None,
 ) -> Adapter:
     """Injects the folder's adapter into a base model, in place, and loads its tensors.
 
@@ -177,13 +205,15 @@ def load_adapter(
 
     check_base: refuse another base model than the adapter was trained on, by its config and weights. An
     adapter saved by PEFT has no fingerprint; then only the names are compared, and a difference is a warning,
-    because one model has several names. layer: the class of the adapted layers.
+    because one model has several names. layer: another class of adapted layers than the one that the folder's
+    config asks for.
 
     Raises RuntimeError if the model has an adapter, FileNotFoundError, AdapterError (it names the tensor).
     The model is then unchanged.
     """
     adapter = read_adapter(folder)
     config = adapter.config
+    layer = layer or layer_class(config)
     if has_adapter(model):
         raise RuntimeError("the model has an adapter already; eject it first")
     try:
@@ -227,6 +257,9 @@ def _adapter_tensors(
     tensors: dict[str, Tensor] = {}
     for name, layer in layers.items():
         tensors |= {f"{name}.{key}": tensor for key, tensor in layer.adapter_state().items()}
+    first = next(iter(layers.values()))
+    if hasattr(first, "shared_tensors"):
+        tensors |= first.shared_tensors()  # type: ignore[operator]
     for name, module in saved.items():
         for key, tensor in module.state_dict().items():
             parts = [part for part in key.split(".") if part not in inner]
@@ -255,6 +288,8 @@ def _expected_tensors(
                 make: Any = layer
                 by_kind[kind] = make(nn.Linear(*shape, dtype=dtype), **settings)
             layers[name] = by_kind[kind]
+        if hasattr(layer, "share"):
+            layer.share(list(layers.values()), config)
     return _adapter_tensors(layers, saved)
 
 
@@ -300,11 +335,13 @@ def _check_base(
 
 
 def _to_peft_key(name: str) -> str:
+    if "." not in name:  # shared by all layers
+        return f"{_SHARED_PREFIX}{name}"
     return f"{_PREFIX}{name}.weight" if name.endswith((".lora_A", ".lora_B")) else f"{_PREFIX}{name}"
 
 
 def _from_peft_key(key: str) -> str:
-    name = key.removeprefix(_PREFIX)
+    name = key.removeprefix(_PREFIX if key.count(".") > 1 else _SHARED_PREFIX)
     return name.removesuffix(".weight") if name.endswith((".lora_A.weight", ".lora_B.weight")) else name
 
 
@@ -343,6 +380,14 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         raise ValueError("a key is in it twice")
     return fields
+
+
+def _own_config(fields: dict[str, Any], path: Path) -> LoraConfig:
+    """The config in a note. It has fields that adapter_config.json does not have, such as use_lora_fa."""
+    try:
+        return LoraConfig(**fields)
+    except (TypeError, ValueError) as error:
+        raise AdapterError(f"{path}: the config in its note: {error}") from error
 
 
 def _some(keys: set[str]) -> str:

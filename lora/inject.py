@@ -45,20 +45,28 @@ CHECKS: list[Callable[[nn.Module, Injection], None]] = []  # raise if a module c
 # By the name of a class that is no nn.Linear but computes W·x + b: makes a layer class one that adapts it.
 CONVERSIONS: dict[str, Callable[[type[MergeableLinear]], type[MergeableLinear]]] = {}
 AFTER_SWAP: list[Callable[[nn.Module], None]] = []  # change modules around the adapted ones
+# Filled by lora/variants: a field of LoraConfig, a value of it, and the class of layers that it asks for.
+VARIANTS: list[tuple[str, object, type[LoRALinear]]] = []
+
+
+def layer_class(config: LoraConfig) -> type[MergeableLinear]:
+    """The class of the layers that `config` describes: LoRALinear, or a variant of it."""
+    asked = (layer for field, value, layer in VARIANTS if getattr(config, field) == value)
+    return next(asked, LoRALinear)
 
 
 def inject(
-    model: nn.Module, config: LoraConfig, seed: int = 0, layer: type[MergeableLinear] = LoRALinear
+    model: nn.Module, config: LoraConfig, seed: int = 0, layer: type[MergeableLinear] | None = None
 ) -> Injection:
-    """Replaces every nn.Linear that `config.target_modules` matches by a `layer`, in place.
+    """Replaces every nn.Linear that `config.target_modules` matches by a LoRALinear, in place.
 
     Freezes every parameter except the adapters and the modules in `config.modules_to_save`. Each lora_A is
     drawn from `seed` and the module's name alone. Device, dtype, mode and hooks of a layer are preserved.
     The model keeps the config as `model.lora_config`, for `save_adapter`.
 
     Outputs in eval mode stay the same bit for bit, because lora_B starts at zero. Two exceptions: adding
-    zero turns -0.0 into 0.0, and an A·x that overflows gives NaN. layer: LoRALinear, or another subclass of
-    MergeableLinear with the same constructor; `check_layer` tests one.
+    zero turns -0.0 into 0.0, and an A·x that overflows gives NaN. layer: another class than the one that the
+    config asks for, a subclass of MergeableLinear with LoRALinear's constructor; `check_layer` tests one.
 
     Raises RuntimeError if the model has an adapter, ValueError if a pattern matches nothing or r is above
     min(in, out), TypeError if a module cannot be adapted or cannot train. The model is then unchanged.
@@ -73,7 +81,8 @@ def inject(
         if (r := config.for_layer(name)["r"]) > (rank := min(linear._parameters["weight"].shape)):  # type: ignore[union-attr]
             raise ValueError(f"r: {r:,} is more than {rank:,}, the largest rank of the weight of {name}")
     with uninterrupted(), unchanged_on_error(model):
-        swap_in(model, config, injection, build_layers(model, config, injection, layer, seed))
+        layers = build_layers(model, config, injection, layer or layer_class(config), seed)
+        swap_in(model, config, injection, layers)
     return injection
 
 
@@ -124,24 +133,17 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
 def build_layers(
     model: nn.Module, config: LoraConfig, injection: Injection, layer: type[MergeableLinear], seed: int
 ) -> dict[nn.Module, MergeableLinear]:
-    """The adapted layer of each Linear in `injection.adapted`.
-
-    The model is unchanged, except that these Linears are frozen; on an exception they are not.
-    """
+    """The adapted layer of each Linear in `injection.adapted`. These Linears are frozen."""
     layers: dict[nn.Module, MergeableLinear] = {}
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for name, linear in modules_once(model, injection.names).items():
-            generator = torch.Generator().manual_seed(derived_seed(seed, name))
-            convert = CONVERSIONS.get(type(linear).__name__)
-            kind: Any = convert(layer) if convert else layer
-            layers[linear] = kind(linear, **config.for_layer(name), generator=generator)
-            if hasattr(linear, "on_inject"):  # a Linear that was changed in place passes the change on
-                linear.on_inject(layers[linear])  # type: ignore[operator]
-    except BaseException:
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        raise
+    for name, linear in modules_once(model, injection.names).items():
+        generator = torch.Generator().manual_seed(derived_seed(seed, name))
+        convert = CONVERSIONS.get(type(linear).__name__)
+        kind: Any = convert(layer) if convert else layer
+        layers[linear] = kind(linear, **config.for_layer(name), generator=generator)
+        if hasattr(linear, "on_inject"):  # a Linear that was changed in place passes the change on
+            linear.on_inject(layers[linear])  # type: ignore[operator]
+    if hasattr(layer, "share"):  # a variant whose layers have tensors in common
+        layer.share(list(layers.values()), config)
     return layers
 
 

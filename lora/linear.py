@@ -15,6 +15,7 @@ of 589,824 for a 768 x 768 layer and r = 8. Training updates A and B only.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,8 @@ class LoRALinear(MergeableLinear):
     Raises TypeError or ValueError if r, lora_alpha or lora_dropout is out of range.
     """
 
-    adapter_tensors = ("lora_A", "lora_B")
-    trained_tensors = ("lora_A", "lora_B")
+    adapter_tensors: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    trained_tensors: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
     watched_settings = ("scaling",)
 
     def __init__(
@@ -72,10 +73,15 @@ class LoRALinear(MergeableLinear):
         # A: (..., in) -> (..., r), B: (..., r) -> (..., out)
         return (h + self.scaling * F.linear(F.linear(x, self.lora_A), self.lora_B)).to(h.dtype)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (r, in) and B (out, r) of ΔW = scaling·B·A."""
+        return self.lora_A, self.lora_B
+
     @torch.no_grad()
     def delta_weight(self) -> Tensor:
         """ΔW = scaling·B·A, (out, in), float64."""
-        return self.scaling * (self.lora_B.double() @ self.lora_A.double())
+        A, B = self.factors()
+        return self.scaling * (B.double() @ A.double())
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from lora.config import LoraConfig
+from lora.inject import layer_class
 
-_OURS = {field.name for field in dataclasses.fields(LoraConfig)}
+# By PEFT's type of adapter: PEFT's names of the fields that it has, and ours.
+_COMMON = {name: name for name in ("peft_type", "r", "target_modules", "modules_to_save")}
+_FIELDS: dict[str, dict[str, str]] = {
+    "LORA": {
+        **_COMMON,
+        **{name: name for name in (
+            "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern", "use_dora"
+        )},
+    },
+    "VERA": {
+        **_COMMON,
+        "vera_dropout": "lora_dropout",
+        **{name: name for name in ("projection_prng_key", "d_initial", "save_projection")},
+    },
+}  # fmt: skip
 
 # They describe an adapter's origin, initialisation or parallel training, and do not change its outputs.
 _IGNORED = {
@@ -21,10 +35,10 @@ _IGNORED = {
 
 # The values with which a field changes nothing. Any field not listed may have a value that is off or empty.
 _HARMLESS: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
     "bias": ("none",),
     "layers_to_transform": (None, []),  # 0 is the first layer
     "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),  # other values change the base
+    "init_weights": (True, False),
 }
 _REPEATS = (_parser.MAX_REPEAT, _parser.MIN_REPEAT)  # a possessive repeat does not backtrack
 _MOST_CHOICES = 4
@@ -32,10 +46,12 @@ _OFF: tuple[Any, ...] = (None, False, 0, 0.0, "", [], {})
 
 
 def to_peft(config: LoraConfig, base: str, task_type: str | None) -> dict[str, Any]:
-    """The fields of PEFT's config file for a LoRA adapter on the model called `base`."""
-    fields = dataclasses.asdict(config)
+    """The fields of PEFT's config file for an adapter on the model called `base`."""
+    layer = layer_class(config)
+    if hasattr(layer, "plain_config"):
+        config = layer.plain_config(config)
+    fields = {name: getattr(config, ours) for name, ours in _FIELDS[config.peft_type].items()}
     return {
-        "peft_type": "LORA",
         "task_type": task_type,
         "base_model_name_or_path": base,
         "bias": "none",
@@ -52,8 +68,13 @@ def from_peft(fields: Mapping[str, Any]) -> LoraConfig:
     Raises ValueError if a field is not supported and would change the outputs, TypeError or ValueError if
     a value is out of range (LoraConfig). The message names the field.
     """
+    kind = fields.get("peft_type")
+    if kind not in [*_FIELDS]:
+        what = "missing" if kind is None else f"{kind!r} is not supported here"
+        raise ValueError(f"peft_type: {what}; the types of adapter are {' and '.join(_FIELDS)}")
+    supported = _FIELDS[kind]
     for name, value in fields.items():
-        if name in _OURS or name in _IGNORED:
+        if name in supported or name in _IGNORED:
             continue
         # `in` would take 0 for False and 1 for True
         if not any(value is allowed or (type(value) is type(allowed) and value == allowed)
@@ -61,9 +82,7 @@ def from_peft(fields: Mapping[str, Any]) -> LoraConfig:
             raise ValueError(
                 f"{name}: {value!r} is not supported here, and ignoring it could change the outputs"
             )
-    if fields.get("peft_type") != "LORA":
-        raise ValueError("peft_type: missing; this is not the config of a LoRA adapter")
-    given = {name: fields[name] for name in _OURS if fields.get(name) is not None}
+    given = {ours: fields[name] for name, ours in supported.items() if fields.get(name) is not None}
     if "target_modules" not in given:
         raise ValueError("target_modules: missing")
     if isinstance(given["target_modules"], str):

@@ -16,6 +16,7 @@ from train.anatomy import __main__ as command
 from train.anatomy.run import Position, load_run, position
 from train.anatomy.study import study
 from train.job import run_job
+from train.runs import RunError
 
 SCRIPT = "<script>fetch('http://example.invalid/')</script>"
 
@@ -135,12 +136,21 @@ def test_similarity_full_update_and_experiments_equal_independent_computations(r
     assert facts["full"]["truncated"][0]["loss"] != pytest.approx(last["loss"], rel=1e-3)
 
 
-def test_the_change_of_a_is_measured_from_its_initial_value(recipe, tmp_path):
-    """With a learning rate of almost zero, A keeps the value that the seed gave it."""
-    still = dataclasses.replace(recipe, learning_rate=1e-30, weight_decay=0.0, epochs=1, seed=3)
+@pytest.mark.parametrize("start", [True, "pissa", "eva"])
+def test_the_change_of_a_is_measured_from_its_initial_value(recipe, tmp_path, start):
+    """With a learning rate of almost zero, A keeps the value that seed, weights or data gave it."""
+    still = dataclasses.replace(
+        recipe, learning_rate=1e-30, weight_decay=0.0, epochs=1, seed=3, init_lora_weights=start
+    )
     run_job("still", still, tmp_path / "still")
     for layer in load_run(tmp_path / "still").layers.values():
         assert torch.equal(layer.lora_A, layer.start_A)
+
+
+def test_an_update_without_low_rank_is_refused(recipe, tmp_path):
+    run_job("dora", dataclasses.replace(recipe, epochs=1, use_dora=True), tmp_path / "dora")
+    with pytest.raises(RunError, match="DoRALinear is not a product of two thin matrices"):
+        load_run(tmp_path / "dora")
 
 
 def test_the_page_contains_everything_and_loads_nothing(report, facts):

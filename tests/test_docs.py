@@ -13,7 +13,10 @@ from bench.readme import PAGES, RESULTS, names, rewritten
 from lora import LoRALinear
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [*PAGES, ROOT / "train" / "README.md", ROOT / "bench" / "NOTES.md"]
+DOCUMENTS = [
+    *PAGES,
+    *(ROOT / page for page in ("train/README.md", "bench/NOTES.md", "lora/variants/README.md")),
+]
 README, BENCH = PAGES
 _MARKED = re.compile(r"<!-- bench:\S+ -->.*?<!-- /bench -->", re.DOTALL)
 

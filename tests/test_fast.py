@@ -198,15 +198,19 @@ def saved_bytes(function, ignore=()):
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])
-def test_query_and_value_keep_the_input_once_the_thin_product_and_a_bit_an_element(p):
+@pytest.mark.parametrize("frozen_A", [False, True])
+def test_query_and_value_keep_the_input_once_the_thin_product_and_a_bit_an_element(p, frozen_A):
     rows, width, r = 64, 96, 4
     layers = [make_layer(in_features=width, out_features=width, r=r, p=p).train() for _ in range(2)]
+    for layer in layers:
+        layer.lora_A.requires_grad_(not frozen_A)
     x = torch.randn(rows, width, requires_grad=True)
     weights = [parameter for layer in layers for parameter in layer.parameters()]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         kept = saved_bytes(lambda: [layer(x) for layer in layers], weights)
     mask = rows * width // 8 if p else 0
-    assert kept == 2 * rows * width + 2 * (2 * rows * r + mask)
+    input_once = 0 if frozen_A else 2 * rows * width  # only the gradient of A needs it
+    assert kept == input_once + 2 * (2 * rows * r + mask)
 
 
 # --- dropout -----------------------------------------------------------------------------------------

@@ -21,7 +21,8 @@ from lora import (
     read_adapter,
     save_adapter,
 )  # fmt: skip
-from lora.files import CONFIG_FILE, TENSOR_FILE
+from lora.files import CONFIG_FILE, TENSOR_FILE, _from_peft_key, _to_peft_key
+from lora.storage import read_tensors, write_tensors
 
 
 @pytest.fixture
@@ -130,7 +131,7 @@ def test_tensors_that_do_not_fit_are_errors_that_name_the_key(folder, change, me
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "use_dora: True"),
+        ({"use_qalora": True}, "use_qalora: True"),
         ({"lora_bias": True}, "lora_bias"),
         ({"bias": "all"}, "bias: 'all'"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa'"),
@@ -193,6 +194,19 @@ def test_loading_over_an_adapter_is_refused(adapted, folder):
 def test_a_config_from_another_adapter_is_noticed(folder):
     reconfigure(folder, lora_alpha=99)
     with pytest.raises(AdapterError, match="not the config that is stored in"):
+        read_adapter(folder)
+
+
+def test_a_folder_written_before_a_setting_existed_loads(adapted, folder):
+    tensors, note = read_tensors(folder / TENSOR_FILE, "lora", _from_peft_key)
+    settings = ("use_dora", "use_lora_fa", "init_lora_weights", "peft_type", "save_projection")
+    for name in settings:
+        del note["config"][name]
+    write_tensors(folder / TENSOR_FILE, tensors, "lora", note, _to_peft_key)
+    assert read_adapter(folder).config == adapted.lora_config
+    note["config"]["a_setting_of_tomorrow"] = 1
+    write_tensors(folder / TENSOR_FILE, tensors, "lora", note, _to_peft_key)
+    with pytest.raises(AdapterError, match="the config in its note: .*a_setting_of_tomorrow"):
         read_adapter(folder)
 
 

@@ -1,10 +1,12 @@
 """Random sequences of everything one does with an adapter, against a reference of plain matrices.
 
-The reference keeps W, A, B and the head of a small model as plain tensors and computes what the model
-must compute. Hypothesis draws the sequences and, on a failure, shrinks them. `make test-long` runs 2,000.
+The reference keeps W, the adapter and the head of a small model as plain tensors and computes what the model
+must compute, for LoRA and its variants. Hypothesis draws the sequences and, on a failure, shrinks them.
+`make test-long` runs 2,000.
 """
 
 import copy
+import dataclasses
 import os
 import tempfile
 from contextlib import ExitStack
@@ -53,12 +55,13 @@ def fresh_net() -> Net:
 class AdapterMachine(RuleBasedStateMachine):
     """The model under test, and what it must be: plain tensors and a few flags."""
 
+    config = CONFIG
+
     def __init__(self) -> None:
         super().__init__()
         self.model = fresh_net()
         self.W = {name: self.model.get_submodule(name).weight.detach().clone() for name in NAMES}
-        self.A: dict[str, torch.Tensor] = {}
-        self.B: dict[str, torch.Tensor] = {}
+        self.adapter: dict[str, dict[str, torch.Tensor]] = {}  # by layer and tensor
         self.injected = self.merged = False
         self.off = 0  # how many disabled() are open
         self.stack = ExitStack()
@@ -73,9 +76,9 @@ class AdapterMachine(RuleBasedStateMachine):
     def inject(self, seed: int) -> None:
         if self.injected:
             with pytest.raises(RuntimeError, match="adapter already"):
-                inject(self.model, CONFIG, seed)
+                inject(self.model, self.config, seed)
             return
-        inject(self.model, CONFIG, seed)
+        inject(self.model, self.config, seed)
         self.injected = True
         self.read_adapter()
 
@@ -131,7 +134,7 @@ class AdapterMachine(RuleBasedStateMachine):
             self.base_is_original = False
         eject(self.model, merge=fold)
         self.injected = False
-        self.A, self.B = {}, {}
+        self.adapter = {}
         assert set(self.model.state_dict()) == set(Net().state_dict())
         assert all(type(self.model.get_submodule(name)) is nn.Linear for name in NAMES)
 
@@ -215,8 +218,8 @@ class AdapterMachine(RuleBasedStateMachine):
             if isinstance(layer, LoRALinear):
                 assert layer.merged == folded
                 assert torch.equal(layer.base_weight, self.W[name])
-                assert torch.equal(layer.lora_A, self.A[name])
-                assert torch.equal(layer.lora_B, self.B[name])
+                for key, tensor in self.adapter[name].items():
+                    assert torch.equal(getattr(layer, key), tensor)
 
     @invariant()
     def outputs_are_the_references(self) -> None:
@@ -229,10 +232,9 @@ class AdapterMachine(RuleBasedStateMachine):
             got = self.model(x)
             exact = {}
             for name in NAMES:
-                weight = self.folded(name) if merged_now else self.W[name]
-                weight = weight.double()
+                weight = self.folded(name).double() if merged_now else self.W[name].double()
                 if self.injected and not self.off and not merged_now:
-                    weight = weight + 1.5 * self.B[name].double() @ self.A[name].double()
+                    weight = self.adapted(name)
                 exact[name] = x.double() @ weight.T
             hidden = (
                 torch.tanh(exact["block.query"] + self.model.block["query"].bias.double())
@@ -250,18 +252,58 @@ class AdapterMachine(RuleBasedStateMachine):
 
     def read_adapter(self) -> None:
         if self.injected:
-            self.A = {name: self.model.get_submodule(name).lora_A.detach().clone() for name in NAMES}
-            self.B = {name: self.model.get_submodule(name).lora_B.detach().clone() for name in NAMES}
+            self.adapter = {
+                name: {key: getattr(layer, key).detach().clone() for key in layer.adapter_tensors}
+                for name, layer in zip(NAMES, self.layers(), strict=True)
+            }
+
+    def adapted(self, name: str) -> torch.Tensor:
+        """The weight with the adapter, float64."""
+        tensors = {key: tensor.double() for key, tensor in self.adapter[name].items()}
+        return self.formula(self.W[name].double(), **tensors)
+
+    def formula(self, W, lora_A, lora_B) -> torch.Tensor:
+        return W + 1.5 * (lora_B @ lora_A)
 
     def folded(self, name: str) -> torch.Tensor:
-        delta = 1.5 * (self.B[name].double() @ self.A[name].double())
-        return (self.W[name].double() + delta).to(self.W[name].dtype)
+        return self.adapted(name).to(self.W[name].dtype)
 
 
-AdapterMachine.TestCase.settings = settings(
-    max_examples=int(os.environ.get("MACHINE_EXAMPLES", "100")),
-    stateful_step_count=25,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+class DoRAMachine(AdapterMachine):
+    config = dataclasses.replace(CONFIG, use_dora=True)
+
+    def formula(self, W, lora_A, lora_B, lora_magnitude_vector) -> torch.Tensor:
+        weight = W + 1.5 * (lora_B @ lora_A)
+        return weight * (lora_magnitude_vector / weight.norm(dim=1))[:, None]
+
+
+class PiSSAMachine(AdapterMachine):
+    config = dataclasses.replace(CONFIG, init_lora_weights="pissa")
+
+    def formula(self, W, lora_A, lora_B, start_A, start_B) -> torch.Tensor:
+        return W + 1.5 * ((lora_B - start_B) @ lora_A + start_B @ (lora_A - start_A))
+
+
+class VeRAMachine(AdapterMachine):
+    config = dataclasses.replace(CONFIG, peft_type="VERA")
+
+    def formula(self, W, vera_lambda_b, vera_lambda_d) -> torch.Tensor:
+        pair = self.model.block["query"].projection
+        A, B = pair.vera_A.double(), pair.vera_B.double()
+        return W + vera_lambda_b[:, None] * (B @ (vera_lambda_d[:, None] * A))
+
+
+EXAMPLES = int(os.environ.get("MACHINE_EXAMPLES", "100"))
+# The variants share the guards with LoRA, and only the formulas are their own.
+MACHINES = {AdapterMachine: 100, DoRAMachine: 12, PiSSAMachine: 12, VeRAMachine: 12}
+for machine, percent in MACHINES.items():
+    machine.TestCase.settings = settings(
+        max_examples=EXAMPLES * percent // 100,
+        stateful_step_count=25,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
 TestAdapterMachine = AdapterMachine.TestCase
+TestDoRAMachine = DoRAMachine.TestCase
+TestPiSSAMachine = PiSSAMachine.TestCase
+TestVeRAMachine = VeRAMachine.TestCase

@@ -1,6 +1,9 @@
 """Adapters go both ways with PEFT. Runs where PEFT is installed: `make test-peers`."""
 
+import copy
+import dataclasses
 import json
+import re
 
 import pytest
 import safetensors.torch
@@ -9,6 +12,7 @@ from conftest import randomise_adapter
 from conftest import tiny_roberta as wild_roberta
 
 from lora import AdapterError, LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
+from lora.adapted import lora_layers
 from lora.files import CONFIG_FILE, TENSOR_FILE
 
 peft = pytest.importorskip("peft")
@@ -125,7 +129,7 @@ def test_a_16_bit_adapter_of_peft_loads(tmp_path, input_ids):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"use_dora": True}, {"lora_bias": True}, {"bias": "lora_only"}, {"init_lora_weights": "pissa"},
+        {"use_qalora": True}, {"lora_bias": True}, {"bias": "lora_only"}, {"init_lora_weights": "pissa"},
         {"init_lora_weights": "olora"}, {"layers_to_transform": [0]}, {"layers_to_transform": 0},
         {"exclude_modules": ["value"]}, {"trainable_token_indices": [1, 2]},
     ],
@@ -146,6 +150,122 @@ def test_every_field_of_pefts_default_config_passes(tmp_path, input_ids):
     fields = json.loads((tmp_path / CONFIG_FILE).read_text())
     assert len(fields) > 25
     load_adapter(tiny_roberta(), tmp_path)
+
+
+# --- variants ----------------------------------------------------------------------------------------
+
+
+def gradients(model: torch.nn.Module, input_ids) -> dict[str, torch.Tensor]:
+    """By the names of this project, of the mean of squared logits."""
+    model.zero_grad()
+    model(input_ids).logits.square().mean().backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            name = name.removeprefix("base_model.model.").replace(".modules_to_save", "")
+            found[re.sub(r"\.default(\.weight)?", "", name)] = parameter.grad
+    return found
+
+
+def assert_same_gradients(ours, theirs, input_ids):
+    """Relative to each tensor's norm, 1e-5: float32, the same sums in another order."""
+    mine, wanted = gradients(ours, input_ids), gradients(theirs, input_ids)
+    assert mine.keys() == wanted.keys()
+    for name, gradient in mine.items():
+        assert (gradient - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
+
+
+@torch.no_grad()
+def randomise_all(model: torch.nn.Module) -> None:
+    """Moves the trained tensors of PEFT's adapter away from their start."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and ("lora_" in name or "vera_" in name):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+BOTH_SHAPES = ["query", "value", "output.dense"]  # 32 x 32 and 32 x 64
+VARIANTS = {
+    "DoRA": peft.LoraConfig(r=4, lora_alpha=6, target_modules=BOTH_SHAPES, use_dora=True),
+    "DoRA with rsLoRA": peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=["query"], use_dora=True, use_rslora=True, rank_pattern={"query": 3}
+    ),
+    "VeRA": peft.VeraConfig(r=16, target_modules=BOTH_SHAPES, projection_prng_key=5),
+    "VeRA by the key": peft.VeraConfig(r=16, target_modules=BOTH_SHAPES, save_projection=False),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*trained on", "ignore:Specified to not")
+@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", None])
+def test_a_variant_goes_both_ways_and_has_pefts_gradients(name, task_type, tmp_path, input_ids):
+    config = copy.deepcopy(VARIANTS[name])
+    config.task_type = task_type
+    theirs = peft.get_peft_model(tiny_roberta(), config).eval()
+    randomise_all(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = tiny_roberta()
+    load_adapter(ours, tmp_path / "theirs")
+    with torch.no_grad():
+        wanted = theirs(input_ids).logits
+        assert close(ours(input_ids).logits, wanted)
+    assert_same_gradients(ours, theirs, input_ids)
+
+    save_adapter(ours, tmp_path / "ours", base="tiny", task_type=task_type)
+    again = peft.PeftModel.from_pretrained(tiny_roberta(), str(tmp_path / "ours"), is_trainable=True).eval()
+    with torch.no_grad():
+        assert close(again(input_ids).logits, wanted)
+    assert_same_gradients(ours, again, input_ids)
+    first, second = (
+        safetensors.torch.load_file(tmp_path / each / TENSOR_FILE) for each in ("theirs", "ours")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_pissa_starts_as_pefts_and_its_folder_is_plain_lora_for_peft(use_rslora, tmp_path, input_ids):
+    theirs = peft.get_peft_model(
+        tiny_roberta(),
+        peft.LoraConfig(
+            task_type="SEQ_CLS", r=4, lora_alpha=6, target_modules=BOTH_SHAPES, use_rslora=use_rslora,
+            init_lora_weights="pissa",
+        ),
+    ).eval()  # fmt: skip
+    ours = tiny_roberta()
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=tuple(BOTH_SHAPES), modules_to_save=("classifier",),
+        use_rslora=use_rslora, init_lora_weights="pissa", rank_pattern={"query": 3},
+    )  # fmt: skip
+    inject(ours, dataclasses.replace(config, rank_pattern={}))
+    with torch.no_grad():
+        assert torch.equal(ours(input_ids).logits, tiny_roberta()(input_ids).logits)  # PEFT's are not
+        parameters = dict(theirs.named_parameters())
+        for name, layer in lora_layers(ours).items():
+            A, B = (parameters[f"base_model.model.{name}.lora_{key}.default.weight"] for key in "AB")
+            signs = (layer.lora_A * A).sum(1).sign()
+            # PEFT's SVD is in float32, whose error in a singular vector is 2⁻²⁴ of the largest singular
+            # value over the gap to the next one, here about a hundredth of it
+            assert (layer.lora_A - signs[:, None] * A).abs().max() <= 1e-4 * A.abs().max()
+            assert (layer.lora_B - signs * B).abs().max() <= 1e-4 * B.abs().max()
+            for key, tensor in (("A", A), ("B", B)):  # to compare gradients at the same point
+                getattr(layer, f"lora_{key}").copy_(tensor)
+                getattr(layer, f"start_{key}").copy_(tensor)
+    assert_same_gradients(ours, theirs, input_ids)
+
+    ours = tiny_roberta()
+    inject(ours, config)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                parameter.add_(0.1 * noise)
+        wanted = ours(input_ids).logits
+        save_adapter(ours, tmp_path, base="tiny", task_type="SEQ_CLS")
+        assert json.loads((tmp_path / CONFIG_FILE).read_text())["init_lora_weights"] is True
+        plain = peft.PeftModel.from_pretrained(tiny_roberta(), str(tmp_path)).eval()
+        assert plain.peft_config["default"].r == 8
+        assert close(plain(input_ids).logits, wanted)
 
 
 @torch.no_grad()

@@ -1,19 +1,25 @@
-"""The layer protocol: a variant of LoRA is one class, and everything that handles adapters works with it.
+"""Variants of LoRA: whatever holds for LoRA holds for each of them.
 
-Two variants are defined here and taken through a whole life without a change in `lora/`: a trained gate
-per output row, and one whose merged weight is not W plus a product, as in DoRA.
+A variant is one class, and everything that handles adapters works with it. So one is also defined here, and
+taken through the same life without a change in `lora/`.
 """
 
 import copy
+import dataclasses
+import random
+import shutil
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_roberta
+from test_fuzz import damage
 from torch import nn
 
 from lora import (
     AdapterError,
+    LoraConfig,
     LoRALinear,
     count_parameters,
     disabled,
@@ -25,8 +31,20 @@ from lora import (
     save_adapter,
     unmerge,
 )
-from lora.adapted import lora_layers
-from lora.fast import fuse
+from lora.ablate import scaled, truncated
+from lora.adapted import has_low_rank, lora_layers
+from lora.anatomy import principal_angles, svd
+from lora.fast import FastLinear, fuse
+from lora.files import CONFIG_FILE, TENSOR_FILE
+from lora.inject import VARIANTS, layer_class
+from lora.variants.eva import EVALinear, inject_eva
+from lora.variants.lora_plus import parameter_groups
+from model import load_base, speed_up
+from train.batches import encode
+from train.checkpoint import load_last_checkpoint, save_checkpoint
+from train.data import load_news
+from train.job import _make_model
+from train.loop import Trainer
 from train.telemetry import Telemetry
 
 
@@ -51,49 +69,72 @@ class GatedLoRALinear(LoRALinear):
         return self.base_weight.double() + self.gate.double()[:, None] * self.delta_weight()
 
 
-class RescaledLoRALinear(LoRALinear):
-    """h = m ⊙ ((W + ΔW)·x) / ‖W + ΔW‖ + b by rows, with A frozen and m (out,) a trained magnitude."""
-
-    adapter_tensors = (*LoRALinear.adapter_tensors, "magnitude")
-    trained_tensors = ("lora_B", "magnitude")
-
-    def __init__(self, linear, **settings):
-        super().__init__(linear, **settings)
-        self.magnitude = nn.Parameter(self.weight.norm(dim=1))
-
-    def forward(self, x):
-        if self.merged or not self.enabled:
-            return super().forward(x)
-        weight = self.weight + self.scaling * self.lora_B @ self.lora_A
-        return F.linear(x, weight) * (self.magnitude / weight.detach().norm(dim=1)) + self.bias
-
-    @torch.no_grad()
-    def merged_weight(self):
-        weight = self.base_weight.double() + self.delta_weight()
-        return weight * (self.magnitude.double() / weight.norm(dim=1))[:, None]
+# Fields of the config, and the trained numbers of a tiny RoBERTa's four layers of 32 x 32 with r = 4
+SETTINGS: dict[str, tuple[dict, int]] = {
+    "dora": ({"use_dora": True}, 4 * (4 * 64 + 32)),
+    "lora_fa": ({"use_lora_fa": True}, 4 * 4 * 32),
+    "pissa": ({"init_lora_weights": "pissa"}, 4 * 4 * 64),
+    "milora": ({"init_lora_weights": "milora", "use_rslora": True}, 4 * 4 * 64),
+    "vera": ({"peft_type": "VERA"}, 4 * (4 + 32)),
+    "vera, pair not saved": (
+        {"peft_type": "VERA", "projection_prng_key": 7, "save_projection": False},
+        4 * (4 + 32),
+    ),
+}
+START = {"eva": {"init_lora_weights": "eva"}}  # then the layers are LoRALinear
+variants = pytest.mark.parametrize("variant", SETTINGS)
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
-VARIANTS = [
-    (GatedLoRALinear, "gate", 4 * (4 * 64 + 32)),
-    (RescaledLoRALinear, "magnitude", 4 * (4 * 32 + 32)),
-]
+def config_of(variant: str, **settings) -> LoraConfig:
+    fields = {"r": 4, "lora_alpha": 8, "modules_to_save": ("classifier",)}
+    return LoraConfig(**{**fields, **(START.get(variant) or SETTINGS[variant][0]), **settings})
 
 
-@pytest.mark.parametrize(("layer", "extra", "parameters"), VARIANTS)
-def test_a_variant_lives_its_whole_life(layer, extra, parameters, config, input_ids, tmp_path):
+def randomise(model: nn.Module, seed: int = 1) -> None:
+    """Moves every trained tensor of the adapters away from its start."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            for tensor in (getattr(layer, key) for key in layer.trained_tensors):
+                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+                tensor.add_((0.3 * noise).to(tensor.dtype))
+
+
+@pytest.fixture(params=SETTINGS)
+def adapted(request):
+    """A tiny RoBERTa with a variant whose adapter has been moved away from its start."""
+    model = tiny_roberta()
+    inject(model, config_of(request.param), seed=3)
+    randomise(model)
+    return model
+
+
+def test_every_variant_of_the_table_is_tested():
+    tested = {layer_class(config_of(name)) for name in SETTINGS}
+    assert {layer for _, _, layer in VARIANTS} == tested | {EVALinear}  # EVA is plain LoRA once it has begun
+
+
+@pytest.mark.parametrize("variant", ["gated", *SETTINGS])
+def test_a_variant_lives_its_whole_life(variant, config, input_ids, tmp_path):
+    layer, parameters = GatedLoRALinear, 4 * (4 * 64 + 32)
+    chosen = {"layer": layer}
+    if variant != "gated":
+        config, parameters, chosen = config_of(variant), SETTINGS[variant][1], {}
+        layer = layer_class(config)
     model = tiny_roberta()
     original = copy.deepcopy(model)
-    inject(model, config, seed=3, layer=layer)
+    inject(model, config, seed=3, **chosen)
     layers = lora_layers(model)
     assert {type(each) for each in layers.values()} == {layer}
     assert count_parameters(model).lora == parameters
-    with torch.no_grad():  # float32: one product, one division more
-        torch.testing.assert_close(model(input_ids).logits, original(input_ids).logits, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(model(input_ids).logits, original(input_ids).logits)
 
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01)
     telemetry = Telemetry(model)
-    for _ in range(2):  # in the first step A and the gate have no gradient, because B is zero
+    for _ in range(2):  # in the first step some tensors have no gradient, such as A while B is zero
         optimizer.zero_grad()
         model(input_ids).logits.square().sum().backward()
         telemetry.note_gradients()
@@ -102,7 +143,8 @@ def test_a_variant_lives_its_whole_life(layer, extra, parameters, config, input_
     trained = {f"{name}.{key}" for name, each in layers.items() for key in each.trained_tensors}
     assert changed == trained | {name for name in before if name.startswith("classifier.")}
     line = telemetry.line()
-    assert set(line) == {f"gradient_norm_{key.removeprefix('lora_')}" for key in layer.trained_tensors}
+    gradients = {f"gradient_norm_{key.removeprefix('lora_')}" for key in layer.trained_tensors}
+    assert gradients <= set(line) <= gradients | {"delta_over_weight", "effective_rank"}
     assert all(value > 0 for values in line.values() for value in values)
 
     with torch.no_grad():
@@ -114,12 +156,11 @@ def test_a_variant_lives_its_whole_life(layer, extra, parameters, config, input_
             save_adapter(model, tmp_path / "b", base="tiny")
             # float32 roundings of a model of order 1, against what the adapter adds
             assert (model(input_ids).logits - logits).abs().max() < 1e-4 < 0.1 * (logits - base).abs().max()
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in (CONFIG_FILE, TENSOR_FILE):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     loaded = tiny_roberta()
-    with pytest.raises(AdapterError, match=f"no place in this model: .*{extra}"):
-        load_adapter(loaded, tmp_path / "a")
-    load_adapter(loaded, tmp_path / "a", layer=layer)
+    load_adapter(loaded, tmp_path / "a", **chosen)
+    assert loaded.lora_config == config
     with torch.no_grad():
         assert torch.equal(loaded(input_ids).logits, logits)
     assert [name for name, p in loaded.named_parameters() if p.requires_grad] == [
@@ -127,22 +168,122 @@ def test_a_variant_lives_its_whole_life(layer, extra, parameters, config, input_
     ]
 
     merge(model)
-    with torch.no_grad():
-        getattr(next(iter(layers.values())), extra).add_(1)
-        with pytest.raises(RuntimeError, match=f"{extra} changed while merged"):
-            model(input_ids)
-        getattr(next(iter(layers.values())), extra).sub_(1)
+    for each in next(iter(layers.values())).adapter_tensors:
+        with torch.no_grad():
+            tensor = getattr(next(iter(layers.values())), each)
+            kept = tensor.clone()
+            tensor.add_(1)
+            with pytest.raises(RuntimeError, match=f"{each}.* changed while merged"):
+                model(input_ids)
+            tensor.copy_(kept)
     merge(loaded)
     with pytest.raises(RuntimeError, match="backward while merged"):
         loaded(input_ids).logits.sum().backward()
     unmerge(model)
     assert all(torch.equal(each.weight, before[f"{name}.weight"]) for name, each in layers.items())
-
-    fuse(model)  # has no faster form of a variant, and leaves it as it is
-    assert {type(each) for each in lora_layers(model).values()} == {layer}
     eject(model)
     assert model.state_dict().keys() == original.state_dict().keys()
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
+    original.classifier = model.classifier
+    assert torch.equal(model(input_ids).logits, original(input_ids).logits)
+
+
+@torch.no_grad()
+@variants
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("precision", [None, torch.bfloat16])
+def test_a_fresh_adapter_changes_no_bit_in_its_fast_class_either(
+    variant, dtype, precision, input_ids, monkeypatch
+):
+    model = tiny_roberta().to(dtype)
+    fuse(model, precision)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision is not None):
+        before = model(input_ids).logits
+        inject(model, config_of(variant))  # the layers become fast, because the Linears are
+        assert torch.equal(model(input_ids).logits, before)
+
+
+@variants
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_the_fast_class_has_the_values_and_gradients_of_the_formula(variant, dropout, input_ids):
+    model = tiny_roberta(initializer_range=0.1)
+    inject(model, config_of(variant, lora_dropout=dropout))
+    randomise(model)
+    fast = copy.deepcopy(model)
+    fuse(fast)
+    kind = layer_class(model.lora_config)
+    for layer in lora_layers(fast).values():
+        assert isinstance(layer, FastLinear)
+        assert isinstance(layer, kind)
+    results = []
+    for each in (model, fast):  # the mode of evaluation: in training the masks differ
+        logits = each(input_ids).logits
+        logits.square().sum().backward()
+        results.append([logits.detach(), *(p.grad for p in each.parameters() if p.grad is not None)])
+    for plain, fused in zip(*results, strict=True):
+        # float32: sums of at most 64 terms, through two layers
+        assert (plain - fused).abs().max() <= 1e-5 * plain.abs().max()
+    fast.train()(input_ids).logits.sum().backward()
+    eject(fast)
+    assert all(type(m) is not nn.Linear for m in fast.roberta.encoder.modules() if isinstance(m, nn.Linear))
+
+
+@variants
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_thousand_cycles_give_back_every_bit(variant, dtype):
+    model = nn.ModuleDict({"query": nn.Linear(7, 5)}).to(dtype)
+    weight = model["query"].weight
+    with torch.no_grad():
+        weight[0, :4] = torch.tensor([-0.0, 0.0, torch.finfo(dtype).tiny, -torch.finfo(dtype).tiny])
+    inject(model, config_of(variant, modules_to_save=(), target_modules=("query",)))
+    randomise(model)
+    before = weight.detach().clone()
+    merge(model)
+    assert not torch.equal(weight, before)
+    # one rounding of the float64 sum: half a unit in the last place
+    torch.testing.assert_close(
+        weight.double(), model["query"].merged_weight(), rtol=torch.finfo(dtype).eps / 2 * 1.001,
+        atol=torch.finfo(dtype).smallest_normal,
+    )  # fmt: skip
+    unmerge(model)
+    # The copy of W is restored alike in every dtype.
+    for _ in range(1000 if dtype == torch.bfloat16 else 50):
+        model["query"].merge()
+        model["query"].unmerge()
+    assert torch.equal(weight.detach().view(torch.uint8), before.view(torch.uint8))
+
+
+def test_a_layer_that_cannot_be_merged_leaves_every_weight_as_it_was(adapted):
+    layers = lora_layers(adapted)
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    name, layer = list(layers.items())[2]
+    with torch.no_grad():
+        getattr(layer, layer.trained_tensors[-1]).view(-1)[1] = float("inf")
+    with pytest.raises(ValueError, match=f"{name}: .*not finite"):
+        merge(adapted)
+    assert all(torch.equal(layer.weight, before[name]) for name, layer in layers.items())
+    assert not any(layer.merged for layer in layers.values())
+
+
+@torch.no_grad()
+def test_damaged_files_are_caught_or_harmless(adapted, input_ids, tmp_path):
+    intact, folder = tmp_path / "intact", tmp_path / "damaged"
+    save_adapter(adapted, intact, base="tiny")
+    wanted = adapted(input_ids).logits
+    rng, target, caught = random.Random(1), tiny_roberta(), 0
+    for _ in range(60):  # of each variant, 300 in all; test_fuzz.py has more of LoRA
+        shutil.copytree(intact, folder, dirs_exist_ok=True)
+        name = CONFIG_FILE if rng.random() < 0.2 else TENSOR_FILE
+        (folder / name).write_bytes(damage((intact / name).read_bytes(), rng))
+        try:
+            load_adapter(target, folder)
+        except (AdapterError, FileNotFoundError):
+            caught += 1
+            assert not any(isinstance(module, LoRALinear) for module in target.modules())
+        else:
+            assert torch.equal(target(input_ids).logits, wanted)
+            target = tiny_roberta()
+    assert caught > 40  # the damage is real
 
 
 def test_a_variant_with_a_missing_tensor_in_its_folder_is_an_error(config, tmp_path):
@@ -151,3 +292,166 @@ def test_a_variant_with_a_missing_tensor_in_its_folder_is_an_error(config, tmp_p
     save_adapter(model, tmp_path, base="tiny")
     with pytest.raises(AdapterError, match="4 tensors are missing: .*gate"):
         load_adapter(tiny_roberta(), tmp_path, layer=GatedLoRALinear)
+
+
+@torch.no_grad()
+def test_ablations_work_where_the_update_has_low_rank_and_are_refused_elsewhere(adapted, input_ids):
+    layers = lora_layers(adapted)
+    if not has_low_rank(next(iter(layers.values()))):
+        for change in (scaled(adapted, 2.0), truncated(adapted, 1)):
+            with pytest.raises(RuntimeError, match="query: the update of a .* is not scaling"), change:
+                pass
+        return
+    before = {key: tensor.clone() for key, tensor in adapted.state_dict().items()}
+    wanted = {name: svd(layer.delta_weight()) for name, layer in layers.items()}
+    logits = adapted(input_ids).logits
+    with truncated(adapted, 2):
+        assert not torch.equal(adapted(input_ids).logits, logits)
+        for name, layer in layers.items():
+            A, B = layer.factors()
+            best = wanted[name].truncated(2)
+            for delta in (layer.delta_weight(), layer.scaling * B.double() @ A.double()):
+                assert (delta - best).abs().max() <= 1e-6 * best.abs().max()  # B is rounded to float32
+    with scaled(adapted, 0.0), disabled(adapted):
+        base = adapted(input_ids).logits
+    with scaled(adapted, 0.0):
+        assert torch.equal(adapted(input_ids).logits, base)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in adapted.state_dict().items())
+
+
+def eva_batches(input_ids):
+    """Two batches, the second of other texts and partly padding."""
+    mask = torch.ones_like(input_ids)
+    mask[1, 6:] = 0
+    return [{"input_ids": input_ids}, {"input_ids": input_ids.flip(1) + 40, "attention_mask": mask}]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_eva_starts_at_the_singular_vectors_of_the_inputs_and_redistributes_the_rank(use_rslora, input_ids):
+    config = config_of(
+        "eva", lora_dropout=0.5, use_rslora=use_rslora, target_modules=("query", "output.dense")
+    )
+    model = tiny_roberta().train()
+    original = copy.deepcopy(model).eval()
+    inputs: dict[str, list[torch.Tensor]] = {}
+    batches = eva_batches(input_ids)
+    for name, module in original.named_modules():
+        if name.endswith(("query", "output.dense")):
+            module.register_forward_pre_hook(lambda _, x, name=name: inputs.setdefault(name, []).append(x[0]))
+    wanted = [original(**batch).logits for batch in batches]
+    inject_eva(model, config, batches, seed=3)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    model.eval()
+    assert all(torch.equal(model(**b).logits, logits) for b, logits in zip(batches, wanted, strict=True))
+
+    layers = lora_layers(model)
+    explained = {}
+    for name, layer in layers.items():
+        assert type(layer) is LoRALinear
+        first, second = inputs[name]
+        X = torch.cat([first.flatten(0, 1), second[batches[1]["attention_mask"].bool()]]).double().numpy()
+        _, S, Vh = np.linalg.svd(X, full_matrices=False)
+        explained[name] = S**2 / (S**2).sum()
+        angles = principal_angles(layer.lora_A.T, torch.from_numpy(Vh[: layer.r].copy()).T)
+        assert angles.max() < 1e-6  # lora_A is rounded to float32
+        assert layer.scaling == pytest.approx(8 / 4**0.5 if use_rslora else 2, rel=1e-12)
+    ranks = {name: layer.r for name, layer in layers.items()}
+    assert sum(ranks.values()) == 4 * len(layers)
+    assert len(set(ranks.values())) > 1
+    assert all(1 <= rank <= 8 for rank in ranks.values())
+    weakest = min(explained[name][rank - 1] for name, rank in ranks.items() if rank > 1)
+    strongest = max(explained[name][rank] for name, rank in ranks.items() if rank < 8)
+    assert strongest <= weakest  # no direction outside explains more than one inside
+    assert model.lora_config.init_lora_weights is True
+
+
+def test_eva_needs_batches_and_says_so(input_ids):
+    model = tiny_roberta()
+    with pytest.raises(ValueError, match="needs batches; call inject_eva"):
+        inject(model, config_of("eva"))
+    with pytest.raises(ValueError, match="query: no batch has reached"):
+        inject_eva(model, config_of("eva"), [])
+    with torch.no_grad():
+        model.roberta.embeddings.LayerNorm.bias[0] = float("nan")
+    with pytest.raises(ValueError, match="query: its inputs are not finite"):
+        inject_eva(model, config_of("eva"), eva_batches(input_ids))
+    assert not any(isinstance(module, LoRALinear) for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_lora_plus_multiplies_the_rate_of_b_alone(config, input_ids):
+    """One step of SGD by the groups, against one written by hand."""
+    model = tiny_roberta()
+    inject(model, config)
+    randomise(model)
+    model(input_ids).logits.square().mean().backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    wanted = {}
+    for name, p in trained.items():
+        decayed = 0.1 * p if p.ndim == 2 else 0
+        wanted[name] = (p - (0.8 if name.endswith("lora_B") else 0.05) * (p.grad + decayed)).detach()
+    groups = parameter_groups(trained, 0.05, weight_decay=0.1, loraplus_lr_ratio=16)
+    torch.optim.SGD(groups).step()
+    for name, p in trained.items():  # float32: the same sum in another order
+        torch.testing.assert_close(p.detach(), wanted[name], rtol=1e-6, atol=1e-7)
+    assert len(parameter_groups(trained, 0.05, weight_decay=0.1)) == 2
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [fields for name, (fields, _) in SETTINGS.items() if "," not in name]
+    + [{"init_lora_weights": "eva"}, {"loraplus_lr_ratio": 16}, {}],
+    ids=str,
+)
+def test_a_stopped_and_resumed_training_ends_in_the_same_bits(settings, tiny_recipe, tmp_path):
+    recipe = dataclasses.replace(tiny_recipe, r=4, epochs=1, **settings)
+    news = load_news(recipe.data, recipe.validation_fraction, recipe.seed)
+
+    def make_trainer():
+        model, tokenizer, _ = _make_model(recipe, news)
+        speed_up(model, "fp32")
+        rows, validation = (encode(split, tokenizer, 16) for split in (news.train, news.validation))
+        pad = tokenizer.pad_token_id
+        return Trainer(model, recipe, rows, validation, pad, torch.device("cpu"), "fp32")
+
+    whole = make_trainer()
+    for _ in whole.epochs():
+        if whole.state.step == 3:
+            save_checkpoint(tmp_path, whole, {})
+    resumed = make_trainer()
+    with torch.no_grad():  # as if the start came out otherwise, on another machine
+        for layer in lora_layers(resumed.model).values():
+            for key in layer.adapter_tensors:
+                getattr(layer, key).add_(1)
+    assert load_last_checkpoint(tmp_path, resumed, {})
+    list(resumed.epochs())
+    assert whole.state.step == resumed.state.step > 3
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, resumed.model.state_dict()[name]), name
+    save_adapter(whole.model, tmp_path / "adapter", base="tiny")
+    loaded, _ = load_base(recipe.model, num_labels=3)
+    load_adapter(loaded, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": 1}, "use_dora: 1 is not one of False, True"),
+        (
+            {"init_lora_weights": "pisa"},
+            "init_lora_weights: 'pisa' is not one of True, 'pissa', 'milora', 'eva'",
+        ),
+        ({"init_lora_weights": False}, "init_lora_weights: False"),
+        ({"use_dora": True, "init_lora_weights": "pissa"}, "use_dora and init_lora_weights: .*choose one"),
+        ({"use_lora_fa": True, "peft_type": "VERA"}, "use_lora_fa and peft_type: .*choose one"),
+        ({"peft_type": "VERA", "use_rslora": True}, "use_rslora: not a setting of peft_type 'VERA'"),
+        ({"peft_type": "VERA", "rank_pattern": {"query": 2}}, "rank_pattern: not a setting"),
+        ({"projection_prng_key": 1}, "projection_prng_key: not a setting of peft_type 'LORA'"),
+        ({"peft_type": "VERA", "projection_prng_key": -1}, "projection_prng_key: -1 is not a seed"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LoraConfig(**settings)

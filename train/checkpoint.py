@@ -1,7 +1,8 @@
 """Checkpoints to resume from: one verified file each, written atomically. The last two are kept.
 
 A resumed run ends in the same bits as a run that never stopped, so a checkpoint holds everything that the
-rest of the run depends on: trained and best weights, optimizer, scaler, learning rates and counters.
+rest of the run depends on: trained and best weights, the frozen tensors of an adapter, optimizer, scaler,
+learning rates and counters.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lora.adapted import has_adapter, lora_layers
 from lora.errors import UserError
 from lora.storage import DamagedFileError, read_tensors, write_tensors
 from train.loop import Trainer
@@ -24,6 +26,21 @@ _KEEP = 2
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be used. The message names the file and the problem."""
+
+
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of the adapters by name; empty for a model without."""
+    return {
+        f"{name}.{key}": getattr(layer, key)
+        for name, layer in (lora_layers(model) if has_adapter(model) else {}).items()
+        for key in layer.adapter_tensors
+    }
+
+
+def base_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers that are not of the adapters, by name."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: tensor for name, tensor in tensors.items() if name not in adapter_tensors(model)}
 
 
 def save_checkpoint(folder: Path, trainer: Trainer, identity: dict[str, str]) -> None:
@@ -75,7 +92,8 @@ def load_last_checkpoint(folder: Path, trainer: Trainer, identity: dict[str, str
 
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {f"model.{name}": p for name, p in trainer.trainable.items()}
+    trained_or_adapter = {**trainer.trainable, **adapter_tensors(trainer.model)}
+    found: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in trained_or_adapter.items()}
     found |= {f"best.{name}": tensor for name, tensor in trainer.best.items()}
     for name, parameter in trainer.trainable.items():
         for key, value in trainer.optimizer.state.get(parameter, {}).items():
@@ -102,6 +120,8 @@ def _restore(trainer: Trainer, tensors: dict[str, Tensor], settings: dict[str, A
     trainer.scheduler._last_lr = settings["learning_rates"]
     for group, rate in zip(trainer.optimizer.param_groups, settings["learning_rates"], strict=True):
         group["lr"] = rate
+    for name, tensor in adapter_tensors(trainer.model).items():
+        tensor.copy_(tensors[f"model.{name}"])
     for name, parameter in trainer.trainable.items():
         parameter.copy_(tensors[f"model.{name}"])
         if f"best.{name}" in tensors:

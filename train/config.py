@@ -77,6 +77,11 @@ class Recipe:
     target_modules: tuple[str, ...] | str = ("query", "value")
     use_rslora: bool = False
     layer: str = ""  # FILE.py:Class, a layer class of your own (lora/check_layer.py tests one)
+    use_dora: bool = False  # these choose a variant, at most one (lora/variants/README.md)
+    use_lora_fa: bool = False
+    init_lora_weights: bool | str = True  # true | "pissa" | "milora" | "eva"
+    peft_type: str = "LORA"  # LORA | VERA
+    loraplus_lr_ratio: float = 1.0  # learning rate of every lora_B / learning_rate (LoRA+); 1: the same
 
     epochs: int = 3
     batch_size: int = 32  # rows per forward pass, over all processes
@@ -121,6 +126,7 @@ class Recipe:
             _in_range(name, getattr(self, name), 0, 1, below=True)
         _in_range("seed", self.seed, 0, 2**32, below=True)
         _in_range("learning_rate", self.learning_rate, 0, math.inf, above=True)
+        _in_range("loraplus_lr_ratio", self.loraplus_lr_ratio, 1, math.inf)
         _in_range("validation_fraction", self.validation_fraction, 0, 1, above=True, below=True)
         _in_range("max_length_tokens", self.max_length_tokens, 3, math.inf)  # start, one token, end
         if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,3})?", self.device):
@@ -139,6 +145,10 @@ class Recipe:
             target_modules=self.target_modules,
             modules_to_save=HEAD,
             use_rslora=self.use_rslora,
+            use_dora=self.use_dora,
+            use_lora_fa=self.use_lora_fa,
+            init_lora_weights=self.init_lora_weights,
+            peft_type=self.peft_type,
         )
 
     def changed(self, fields: Mapping[str, Any], flag: str = "") -> Recipe:
@@ -238,7 +248,9 @@ def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
     elif kind == "bool":
         if not isinstance(value, bool):
             raise RecipeError(f"{field.name}: {shown} is not true or false")
-    elif kind == "str":
+    elif kind == "bool | str" and isinstance(value, bool):
+        return value
+    elif kind in ("str", "bool | str"):
         if not isinstance(value, str) or not _is_unicode(value):
             raise RecipeError(f"{field.name}: {shown} is not text in UTF-8")
     elif isinstance(value, Sequence) and not isinstance(value, str):

@@ -16,13 +16,14 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora import ParameterCount, check_layer, count_parameters, inject
+from lora import ParameterCount, check_layer, count_parameters
 from lora.fingerprint import config_fields
 from lora.modules import train_only
 from lora.storage import digest, write_atomically
 from model import HEAD, load_base, speed_up
+from train.adapter import inject_adapter
 from train.batches import Encoded, encode, tokenizer_digest
-from train.checkpoint import list_checkpoints, load_last_checkpoint, save_checkpoint
+from train.checkpoint import base_tensors, list_checkpoints, load_last_checkpoint, save_checkpoint
 from train.config import Recipe, RecipeError
 from train.console import Console, SilentConsole
 from train.data import DataError, News, load_news
@@ -84,7 +85,7 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
     identity = {
         "recipe": recorded.to_toml(),
         "data": news.digest(),
-        "base model": digest(dict(model.named_parameters()) | dict(model.named_buffers()), {}),
+        "base model": digest(base_tensors(model), {}),
         "config of the base model": json.dumps(config_fields(model), sort_keys=True),
         "tokenizer": tokenizer_digest(tokenizer),
         "precision": precision,
@@ -124,7 +125,8 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
                 f"{len(train)} training, {len(validation)} validation, {len(test)} test texts,"
                 f" {len(news.labels)} classes\n{counts}"
             )
-            for problem in check_layer(load_layer(recipe.layer)).problems if recipe.layer else ():
+            own = load_layer(recipe.layer)
+            for problem in check_layer(own).problems if own else ():
                 console.say(f"{recipe.layer}: not so: {problem}")
             if resume:
                 where = f"after step {state.step}" if resumed else "at step 0: there is no checkpoint yet"
@@ -160,13 +162,13 @@ def _make_model(recipe: Recipe, news: News) -> tuple[PreTrainedModel, Any, Param
             f"max_length_tokens: {recipe.max_length_tokens}, and {recipe.model} reads {longest} at most"
         )
     if recipe.method == "lora":
-        layer = load_layer(recipe.layer)
-        try:
-            inject(model, recipe.lora_config(), seed=recipe.seed, layer=layer)
-        except (TypeError, ValueError, RuntimeError) as error:  # a pattern, or a rank too large for memory
-            raise RecipeError(str(error)) from error
+        inject_adapter(model, recipe, tokenizer, lambda: news.train)
     elif recipe.method == "head":
         train_only(model, HEAD)
+    if recipe.loraplus_lr_ratio != 1 and not any(
+        name.endswith("lora_B") and p.requires_grad for name, p in model.named_parameters()
+    ):
+        raise RecipeError("loraplus_lr_ratio: it is the learning rate of lora_B, and no lora_B trains here")
     if recipe.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     return model, tokenizer, count_parameters(model, head=HEAD)

@@ -7,18 +7,18 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from lora import LoRALinear, MergeableLinear
+from lora import MergeableLinear
 from lora.errors import first_line
 from train.config import RecipeError
 
 
-def load_layer(spec: str) -> type[MergeableLinear]:
-    """The class that `spec` names, or LoRALinear if it is empty. Runs the file.
+def load_layer(spec: str) -> type[MergeableLinear] | None:
+    """The class that `spec` names, or None if it is empty. Runs the file.
 
     Raises RecipeError if the file cannot be run, or has no such subclass of MergeableLinear.
     """
     if not spec:
-        return LoRALinear
+        return None
     path, name = _parts(spec)
     module_name = f"layer_{layer_digest(spec)[:16]}"
     if module_name not in sys.modules:

@@ -23,6 +23,7 @@ from transformers import get_cosine_schedule_with_warmup
 from lora.adapted import has_adapter
 from lora.errors import UserError
 from lora.inject import derived_seed
+from lora.variants.lora_plus import parameter_groups
 from train.batches import Batch, Encoded, collate, epoch_batches
 from train.config import Recipe
 from train.distributed import SINGLE_PROCESS, World
@@ -63,16 +64,10 @@ class Trainer:
         self.train_rows, self.validation_rows = train, validation
         self.pad_token_id, self.device, self.precision = pad_token_id, device, precision
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        matrices = [p for p in self.trainable.values() if p.ndim >= 2]
-        others = [p for p in self.trainable.values() if p.ndim < 2]
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": recipe.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=recipe.learning_rate,
-            fused=True,
+        groups = parameter_groups(
+            self.trainable, recipe.learning_rate, recipe.weight_decay, recipe.loraplus_lr_ratio
         )
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
         batches = math.ceil(len(train) / recipe.batch_size)
         self.steps_per_epoch = math.ceil(batches / recipe.accumulation_steps)
         total = recipe.epochs * self.steps_per_epoch

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.adapted import is_product, lora_layers
+from lora.adapted import has_low_rank, lora_layers
 from lora.anatomy import effective_rank, singular_values_from_grams
 from train.hardware import one_thread
 
@@ -45,11 +45,11 @@ class Telemetry:
 
         Empty if a value is not finite, as in a step that float16's scaler skips. Waits for the device.
         """
-        products = [layer for layer in self.layers if is_product(layer)]
+        products = [layer for layer in self.layers if has_low_rank(layer)]
         plain = len(products) == len(self.layers)
         parts = [self._gradients.double()]
         for layer in products if plain else ():
-            A, B = layer.lora_A.double(), layer.lora_B.double()
+            A, B = (factor.double() for factor in layer.factors())
             parts += [(A @ A.T).flatten(), (B.T @ B).flatten()]
         values = torch.cat(parts).cpu()  # the only wait for the device
         if not values.isfinite().all():
@@ -60,7 +60,8 @@ class Telemetry:
             found = {"delta_over_weight": [], "effective_rank": []}
             with one_thread():
                 for layer, weight_norm in zip(products, self._weight_norms, strict=True):
-                    grams, rest = rest[: 2 * layer.r**2].view(2, layer.r, layer.r), rest[2 * layer.r**2 :]
+                    rank = len(layer.factors()[0])
+                    grams, rest = rest[: 2 * rank**2].view(2, rank, rank), rest[2 * rank**2 :]
                     singular_values = layer.scaling * singular_values_from_grams(grams[0], grams[1])
                     found["delta_over_weight"].append(float(singular_values.norm()) / weight_norm)
                     found["effective_rank"].append(effective_rank(singular_values))

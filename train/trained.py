@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora import AdapterError, LoRALinear, MergeableLinear, load_adapter, read_adapter, save_adapter
+from lora import AdapterError, MergeableLinear, load_adapter, read_adapter, save_adapter
 from lora.files import CONFIG_FILE, TENSOR_FILE
 from lora.fingerprint import config_fields
 from lora.storage import DamagedFileError, digest, read_tensors, write_tensors
@@ -87,7 +87,7 @@ def _load(folder: Path) -> Trained:
 
 
 def _load_adapter_folder(
-    folder: Path, layer: type[MergeableLinear] = LoRALinear, source: str = ""
+    folder: Path, layer: type[MergeableLinear] | None = None, source: str = ""
 ) -> Trained:
     """layer: of the run's recipe; source: the SHA-256 of its file."""
     adapter = read_adapter(folder)

@@ -6,7 +6,7 @@ With ordinary ops autograd saves x, the masked x, the cast of W and the scaled p
 less. With g = ∂L/∂h of one row x, where the first two are sums over the n rows:
 
     ∂L/∂B = s·g·(A·m(x))ᵀ           needs the thin product A·m(x), (n, r)
-    ∂L/∂A = s·(Bᵀ·g)·m(x)ᵀ          needs x, (n, in), one tensor for query, key and value
+    ∂L/∂A = s·(Bᵀ·g)·m(x)ᵀ          needs x, (n, in), one tensor for query, key and value; only if A trains
     ∂L/∂x = Wᵀ·g + m(s·Aᵀ·Bᵀ·g)     needs the mask, one bit an element (CUDA: a byte), and W, not a copy
 
 W and b are frozen and get no gradient. ∂L/∂x is omitted if x needs none. Each product starts with the thin
@@ -100,7 +100,10 @@ class _LoRALinear(torch.autograd.Function):
         thin = F.linear(rows, lora_A.to(x.dtype))  # (n, r)
         ctx.scaling = scaling / (1 - dropout)
         flat.addmm_(thin, lora_B.to(x.dtype).t(), alpha=ctx.scaling)
-        ctx.save_for_backward(x, weight, lora_A, lora_B, thin, packed)
+        ctx.shape = x.shape
+        needs_x, _, _, needs_A, *_ = ctx.needs_input_grad
+        saved_x = x if needs_A else None
+        ctx.save_for_backward(saved_x, weight, lora_A, lora_B, thin, packed if needs_x or needs_A else None)
         return h
 
     @staticmethod
@@ -109,12 +112,13 @@ class _LoRALinear(torch.autograd.Function):
         if torch.is_grad_enabled():
             raise RuntimeError("FastLoRALinear has no second derivative (create_graph=True); do not fuse()")
         x, weight, lora_A, lora_B, thin, packed = ctx.saved_tensors
-        rows, g = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])  # (n, in), (n, out)
+        g = grad.reshape(-1, grad.shape[-1])  # (n, out)
         needs_x, _, _, needs_A, needs_B, _, _ = ctx.needs_input_grad
-        keep = None if packed is None else unpack(packed, rows.shape)
+        keep = None if packed is None else unpack(packed, torch.Size((len(g), ctx.shape[-1])))
         thin_grad = (g @ lora_B.to(g.dtype)).mul_(ctx.scaling)  # (n, r)
         grad_x = grad_A = grad_B = None
         if needs_A:
+            rows = x.reshape(-1, x.shape[-1])  # (n, in)
             dropped = rows if keep is None else zero_dropped(rows, keep)
             grad_A = (thin_grad.t() @ dropped).to(lora_A.dtype)  # (r, in)
         if needs_B:
@@ -123,7 +127,7 @@ class _LoRALinear(torch.autograd.Function):
             grad_x = thin_grad @ lora_A.to(g.dtype)  # (n, in)
             if keep is not None:
                 grad_x = zero_dropped(grad_x, keep)
-            grad_x = grad_x.addmm_(g, weight.to(g.dtype)).view(x.shape)
+            grad_x = grad_x.addmm_(g, weight.to(g.dtype)).view(ctx.shape)
         return grad_x, None, None, grad_A, grad_B, None, None
 
 

@@ -123,9 +123,10 @@ class FastLoRALinear(LoRALinear, FastLinear):
     def forward(self, x: Tensor) -> Tensor:
         if not self.merged and self.enabled:
             weight, bias = self.compute_weights()
-            if can_fuse(x, weight, bias, self.lora_A):
+            A, B = self.factors()
+            if can_fuse(x, weight, bias, A):
                 p = self.lora_dropout if self.training else 0.0
-                return lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling, p)
+                return lora_linear(x, weight, bias, A, B, self.scaling, p)
         return super().forward(x)
 
     def to_linear(self) -> nn.Linear:
@@ -135,7 +136,8 @@ class FastLoRALinear(LoRALinear, FastLinear):
         return linear
 
 
-_FAST_CLASSES: dict[type[nn.Module], type[FastLinear]] = {
+# variants.py adds those of the variants.
+FAST_CLASSES: dict[type[nn.Module], type[FastLinear]] = {
     nn.Linear: FastLinear,
     LoRALinear: FastLoRALinear,
 }
@@ -145,13 +147,14 @@ def fuse(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Turns every nn.Linear and LoRALinear of the model into its fast class, in place.
 
     The modules stay the same objects, with their Parameters, hooks and names; only their class changes.
-    Subclasses of nn.Linear and LoRALinear are left unchanged. Layers injected later become fast too.
+    The variants in lora/variants have fast classes too. Other subclasses of nn.Linear and LoRALinear are left
+    unchanged. Layers injected later become fast too.
 
     dtype: the autocast dtype for which to keep copies of frozen weights; None keeps none.
     """
     for module in model.modules():
-        if type(module) in _FAST_CLASSES:
-            module.__class__ = _FAST_CLASSES[type(module)]
+        if type(module) in FAST_CLASSES:
+            module.__class__ = FAST_CLASSES[type(module)]
         if isinstance(module, FastLinear):
             module.set_compute_dtype(dtype)
 

@@ -100,7 +100,7 @@ def run_experiments(model: nn.Module, test_set: TestSet, whole: Score, report: R
     blocks = _grouped(names, lambda name: str(position(name).block))
     projections = _grouped(names, lambda name: position(name).projection)
 
-    r = max(layer.r for layer in product_layers(model).values())
+    r = max(len(layer.factors()[0]) for layer in product_layers(model).values())
     changes: dict[str, dict[Any, AbstractContextManager[None]]] = {}
     for kind, groups in (("block", blocks), ("projection", projections)):
         if len(groups) > 1:

@@ -5,14 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from torch import Tensor
 
-from lora import eject, inject, load_adapter
+from lora import eject, load_adapter
 from lora.adapted import product_layers
+from train.adapter import inject_adapter
 from train.config import Recipe
+from train.data import load_news
+from train.layers import load_layer
 from train.runs import ADAPTER, RunError, check_finished, read_summary, run_recipe
 from train.trained import Trained, load_trained
 
@@ -21,7 +26,8 @@ from train.trained import Trained, load_trained
 class AdaptedLayer:
     """One layer's adapter on the CPU: lora_A (r, in), lora_B (out, r), and lora_A before training.
 
-    weight (out, in): the pretrained W.
+    ΔW = scaling·lora_B·lora_A: for a variant of LoRA these are its `factors()`. weight (out, in): the
+    pretrained W.
     """
 
     lora_A: Tensor  # noqa: N815
@@ -118,19 +124,28 @@ def _layers(folder: Path, recipe: Recipe, trained: Trained) -> dict[str, Adapted
     if recipe.method != "lora":
         return {}
     model = trained.model
-    # lora_A is drawn from the seed and the layer's name alone, so a fresh adapter has its initial value.
+    try:
+        product_layers(model)
+    except RuntimeError as error:
+        raise RunError(f"{folder}: {error}, so it has no low rank to analyse") from error
+    # A start depends on the recipe, the weights and the data alone, so a fresh adapter has the initial A.
     eject(model)
-    inject(model, recipe.lora_config(), seed=recipe.seed)
-    starts = {name: layer.lora_A.detach().clone() for name, layer in product_layers(model).items()}
+    inject_adapter(model, recipe, trained.tokenizer, partial(_train_split, recipe))
+    starts = {name: layer.factors()[0].detach().clone() for name, layer in product_layers(model).items()}
     eject(model)
-    load_adapter(model, folder / ADAPTER)
+    load_adapter(model, folder / ADAPTER, layer=load_layer(recipe.layer))
+    factors = {name: layer.factors() for name, layer in product_layers(model).items()}
     return {
         name: AdaptedLayer(
-            layer.lora_A.detach().clone(),
-            layer.lora_B.detach().clone(),
+            factors[name][0].detach().clone(),
+            factors[name][1].detach().clone(),
             layer.scaling,
             starts[name],
             layer.weight.detach(),
         )
         for name, layer in product_layers(model).items()
     }
+
+
+def _train_split(recipe: Recipe) -> Dataset:
+    return load_news(recipe.data, recipe.validation_fraction, recipe.seed, recipe.max_train_examples).train

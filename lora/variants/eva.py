@@ -1,0 +1,139 @@
+"""EVA: LoRA that starts at the directions in which the inputs of each layer vary most.
+
+EVA (Paischer et al. 2024, arXiv 2410.07170, section 3) runs the model on some training rows. X (n, in) are
+the inputs of a layer, for every token that is not padding. Then
+
+    A = the r right singular vectors of X with the largest singular values, (r, in)        B = 0, (out, r)
+
+so that the start changes nothing and A·x explains as much of the inputs as any r directions can. The total
+rank of the model is given to those directions of all layers that explain the largest share of their layer's
+inputs, σᵢ²/Σσ² (section 3.3). lora_alpha follows r, so that scaling is the same in all layers.
+
+The singular vectors are eigenvectors of XᵀX, (in, in), which is summed exactly as far as float64 goes. It
+costs one forward of each batch and an eigendecomposition for each layer. Then the adapter is plain LoRA with
+rank_pattern and alpha_pattern, in memory and in its folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lora.adapted import product_layers
+from lora.config import LoraConfig
+from lora.inject import Injection, find_targets, inject
+from lora.linear import LoRALinear
+from lora.modules import modules_once
+
+_MOST = 2  # no layer gets more than twice the rank that it would have without redistribution
+
+
+def inject_eva(
+    model: nn.Module, config: LoraConfig, batches: Iterable[Mapping[str, Tensor]], seed: int = 0
+) -> Injection:
+    """`inject` for a config with init_lora_weights = "eva": the adapter starts as EVA does.
+
+    batches: keyword arguments of the model, of training rows alone. Rows of a layer's input where the
+    attention_mask of its batch (B, L) is 0 are left out. The model keeps the config with its new
+    rank_pattern and alpha_pattern, and init_lora_weights = True.
+
+    Raises ValueError if there is no batch or an input is not finite, and as `inject` does.
+    """
+    names = [name for matched in find_targets(model, config).adapted.values() for name in matched]
+    found = input_directions(model, modules_once(model, names), batches)
+    settings = {name: config.for_layer(name) for name in found}
+    ranks = distribute(
+        {name: shares for name, (shares, _) in found.items()},
+        {name: layer["r"] for name, layer in settings.items()},
+    )
+    alphas = {}
+    for name, layer in settings.items():
+        growth = ranks[name] / layer["r"]
+        alphas[name] = layer["lora_alpha"] * (growth**0.5 if config.use_rslora else growth)
+    # The longest names first, because a name also matches longer ones that end with it.
+    patterns = {name: re.escape(name) for name in sorted(ranks, key=len, reverse=True)}
+    config = dataclasses.replace(
+        config,
+        init_lora_weights=True,
+        rank_pattern={pattern: ranks[name] for name, pattern in patterns.items()},
+        alpha_pattern={pattern: alphas[name] for name, pattern in patterns.items()},
+    )
+    injection = inject(model, config, seed)
+    with torch.no_grad():
+        for name, adapted in product_layers(model).items():
+            adapted.lora_A.copy_(found[name][1][: adapted.r])
+    return injection
+
+
+@torch.no_grad()
+def input_directions(
+    model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Tensor]]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each layer, the right singular vectors of all its inputs X, float64, strongest first.
+
+    By name, σᵢ²/Σσ² (in,) and the vectors as rows (in, in). The model runs in eval mode.
+    """
+    grams: dict[str, Tensor] = {}
+    mask: Tensor | None = None
+
+    def add(name: str, x: Tensor) -> None:
+        rows = x if mask is None or x.shape[:-1] != mask.shape else x[mask.bool()]
+        rows = rows.reshape(-1, x.shape[-1]).double()
+        grams[name] = grams.get(name, 0) + rows.T @ rows
+
+    modes = {module: module.training for module in model.modules()}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        model.eval()
+        for batch in batches:
+            mask = batch.get("attention_mask")
+            model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    found = {}
+    for name in layers:
+        if name not in grams:
+            raise ValueError(f"{name}: no batch has reached this layer, so it has no inputs to start from")
+        if not grams[name].isfinite().all():
+            raise ValueError(f"{name}: its inputs are not finite")
+        squares, vectors = torch.linalg.eigh(grams[name])  # ascending, vectors as columns
+        squares = squares.flip(0).clamp(min=0)
+        found[name] = (squares / squares.sum().clamp(min=torch.finfo(squares.dtype).tiny), vectors.T.flip(0))
+    return found
+
+
+def distribute(shares: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, int]:
+    """The rank of each layer, with the same sum as `ranks`: the directions with the largest shares win.
+
+    shares: of the inputs that each direction explains, descending. Each layer keeps one direction at least,
+    and gets twice its rank at most.
+    """
+    most = {name: min(_MOST * ranks[name], len(shares[name])) for name in ranks}
+    rivals = [(-float(shares[name][i]), name) for name in ranks for i in range(1, most[name])]
+    found = dict.fromkeys(ranks, 1)
+    for _, name in sorted(rivals, key=lambda rival: rival[0])[: sum(ranks.values()) - len(ranks)]:
+        found[name] += 1
+    return found
+
+
+class EVALinear(LoRALinear):
+    """Takes the place of a class of layers in the table of variants: there is none, as layers are LoRALinear.
+
+    Raises ValueError, because `inject` has no batches.
+    """
+
+    inject_from_batches = staticmethod(inject_eva)  # for callers that do not know the variant of a config
+
+    def __init__(self, *_: Any, **__: Any):
+        raise ValueError('init_lora_weights: "eva" needs batches; call inject_eva of lora.variants.eva')
