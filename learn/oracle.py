@@ -14,6 +14,10 @@ from torch.utils._pytree import tree_leaves
 class CheckError(Exception):
     """The reader's code is wrong. The message says what was expected, what came, and why if that is known."""
 
+    def __init__(self, what: str, expected: str, got: str = "", why: str = ""):
+        lines = [what, f"expected  {expected}", f"got       {got}" if got else "", *why.splitlines()]
+        super().__init__("\n".join(line for line in lines if line))
+
 
 def expect(
     what: str,
@@ -29,16 +33,18 @@ def expect(
     float64: roundings are near 1e-15, and the mistakes that the checks know change more than 1e-6.
     """
     if not isinstance(got, Tensor):
-        raise CheckError(_compare(what, describe(expected), describe(got), _no_tensor(got)))
+        raise CheckError(what, describe(expected), describe(got), _no_tensor(got))
     if _equal(got, expected, tolerance):
         return
-    why = next((why for why, wrong in (mistakes or {}).items() if _equal(got, wrong, max(tolerance, 1e-9))), "")
+    why = next(
+        (why for why, wrong in (mistakes or {}).items() if _equal(got, wrong, max(tolerance, 1e-9))), ""
+    )
     if got.shape == expected.shape:
         difference = (got.detach().double() - expected.detach().double()).abs()
         at = [int(i) for i in torch.unravel_index(difference.argmax(), difference.shape)]
         most = f"largest difference {float(difference.max()):.3g}, at {at}"
         why = f"{most}\n{why}".strip()
-    raise CheckError(_compare(what, describe(expected), describe(got), why))
+    raise CheckError(what, describe(expected), describe(got), why)
 
 
 def expect_value(
@@ -50,7 +56,7 @@ def expect_value(
     if isinstance(got, int | float) and not isinstance(got, bool) and got == expected:
         return
     why = next((why for why, wrong in (mistakes or {}).items() if got == wrong), "")
-    raise CheckError(_compare(what, describe(expected), describe(got), why))
+    raise CheckError(what, describe(expected), describe(got), why)
 
 
 def expect_error(what: str, kind: type[Exception], action: Any, *arguments: Any, why: str = "") -> Exception:
@@ -59,7 +65,7 @@ def expect_error(what: str, kind: type[Exception], action: Any, *arguments: Any,
         action(*arguments)
     except kind as error:
         return error
-    raise CheckError(_compare(what, f"raise {kind.__name__}(...)", "no error", why))
+    raise CheckError(what, f"a {kind.__name__} is raised", "no error", why)
 
 
 def describe(value: object) -> str:
@@ -74,11 +80,11 @@ def describe(value: object) -> str:
     return f"{head}: {first}{', …' if value.numel() > 6 else ''}"
 
 
-class NewTensors(TorchDispatchMode):
+class NewTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Context that collects the shapes of all tensors that are computed inside, views left out."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shapes: list[tuple[int, ...]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -106,11 +112,6 @@ def _equal(got: Tensor, expected: Tensor, tolerance: float) -> bool:
         return True
     scale = max(float(expected.detach().double().abs().max()), 1e-300)
     return bool((got.detach().double() - expected.detach().double()).abs().max() <= tolerance * scale)
-
-
-def _compare(what: str, expected: str, got: str, why: str) -> str:
-    lines = [what, f"expected  {expected}", f"got       {got}", *why.splitlines()]
-    return "\n".join(line for line in lines if line)
 
 
 def _no_tensor(got: object) -> str:

@@ -44,7 +44,7 @@ class Result:
 
 
 def check_step(folder: Path, step: int) -> Result:
-    """Runs the checks of a step, up to the first that fails. Random numbers and torch's modes are restored."""
+    """Runs the checks of a step, up to the first that fails. The random state is the same afterwards."""
     passed: list[tuple[str, str | None]] = []
     try:
         module = load(folder, step)
@@ -109,7 +109,9 @@ def _explain(error: Exception, folder: Path) -> str:
     lines = [str(error) if _is_task(error) else f"{type(error).__name__}: {error}"]
     if isinstance(error, SyntaxError) and error.filename:
         lines.append(f"  {_shown(Path(error.filename))}:{error.lineno}: {(error.text or '').strip()}")
-    frames = [each for each in traceback.extract_tb(error.__traceback__) if Path(each.filename).parent == folder]
+    frames = [
+        each for each in traceback.extract_tb(error.__traceback__) if Path(each.filename).parent == folder
+    ]
     for frame in frames[-3:]:  # of an endless recursion the last three are enough
         lines.append(f"  {_shown(Path(frame.filename))}:{frame.lineno} in {frame.name}: {frame.line}")
     return "\n".join(lines)

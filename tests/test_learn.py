@@ -1,4 +1,4 @@
-"""The course: our solutions pass, the templates fail readably, and each known mistake is named by its step's check."""
+"""The course: our solutions pass, the templates fail readably, and the checks name known mistakes."""
 
 import itertools
 import re

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from lora import LoraConfig, inject
+from lora.mergeable import MergeableLinear
 from model.minilm import minilm_config
 
 HEAD = "classifier"
@@ -24,7 +28,7 @@ def tiny_roberta(seed: int = 0) -> RobertaForSequenceClassification:
 
 
 def adapted_tiny_roberta(seed: int = 0) -> RobertaForSequenceClassification:
-    """tiny_roberta with the library's adapter on query and value. lora_B and the head are random, by `seed`."""
+    """tiny_roberta with the library's adapter on query and value. `seed` draws A, B and the head."""
     model = tiny_roberta()
     inject(model, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, modules_to_save=(HEAD,)), seed=seed)
     generator = torch.Generator().manual_seed(seed)
@@ -35,6 +39,11 @@ def adapted_tiny_roberta(seed: int = 0) -> RobertaForSequenceClassification:
     return model
 
 
+def adapted_layers(model: nn.Module) -> dict[str, Any]:
+    """The adapted layers of a model, by their dotted names."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, MergeableLinear)}
+
+
 def minilm_shapes() -> RobertaForSequenceClassification:
     """MiniLM without memory: its module tree and shapes alone."""
     with torch.device("meta"):
@@ -43,9 +52,7 @@ def minilm_shapes() -> RobertaForSequenceClassification:
 
 def roberta_base_shapes() -> RobertaForSequenceClassification:
     """roberta-base with the library's adapter, rank 8 on query and value: shapes alone, without memory."""
-    config = RobertaConfig(
-        vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=4
-    )
+    config = RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1, num_labels=4)
     with torch.device("meta"):
         model = RobertaForSequenceClassification(config)
         inject(model, LoraConfig(r=8, target_modules=TARGETS, modules_to_save=(HEAD,)))

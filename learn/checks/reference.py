@@ -4,4 +4,4 @@ from lora import LoRALinear
 
 
 class Reference(LoRALinear):
-    """The library's layer. As a subclass it is trained as it is written: speed_up has no faster form of it."""
+    """The library's layer, trained as it is written: speed_up has no faster form of a subclass."""

@@ -22,7 +22,10 @@ def check_count(step: ModuleType) -> None:
             "This is the size of W itself.": out * in_,
             "This takes the layer for square: B has `out` rows, A has `in` columns.": 2 * r * in_,
             "This takes the layer for square: A has `in` columns, B has `out` rows.": 2 * r * out,
-            "This multiplies the two sizes. There are two separate matrices: add their sizes.": r * in_ * out * r,
+            "This multiplies the two sizes. There are two separate matrices: add their sizes.": r
+            * in_
+            * out
+            * r,
         }
         what = f"low_rank_parameters({out}, {in_}, {r})"
         expect_value(what, step.low_rank_parameters(out, in_, r), counted, mistakes)
@@ -33,8 +36,11 @@ def check_saving_rank(step: ModuleType) -> None:
     for out, in_ in ((768, 768), (1536, 384), (5, 7), (3, 3)):
         best = max(r for r in range(out * in_) if r * (out + in_) < out * in_)
         mistakes = {
-            f"With r = {best + 1} the factors have as many elements as W, or more: that saves nothing.": best + 1,
-            "This is the largest rank of W. Two factors of that rank have more elements than W.": min(out, in_),
+            f"With r = {best + 1} the factors have as many elements as W, or more: that saves nothing.": best
+            + 1,
+            "This is the largest rank of W. Two factors of that rank have more elements than W.": min(
+                out, in_
+            ),
         }
         what = f"largest_saving_rank({out}, {in_})"
         expect_value(what, step.largest_saving_rank(out, in_), best, mistakes)
@@ -49,9 +55,9 @@ def check_apply(step: ModuleType) -> None:
     largest = max(new.shapes, key=lambda shape: torch.Size(shape).numel())
     if torch.Size(largest).numel() >= 40 * 50:
         raise CheckError(
-            f"apply_delta forms ΔW: a tensor of shape {largest}, {40 * 50:,} elements.\n"
-            "expected  nothing larger than the input and the output, 300 elements\n"
-            "The result is right, but the saving is lost. Multiply x by A first, and the result by B."
+            f"apply_delta forms ΔW: a tensor of shape {largest}, {40 * 50:,} elements.",
+            expected="nothing larger than the input and the output, 300 elements",
+            why="The result is right, but the saving is lost. Multiply x by A first, and the result by B.",
         )
 
 

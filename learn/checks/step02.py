@@ -12,7 +12,7 @@ from learn.oracle import CheckError, expect, expect_value
 def _new(step: ModuleType, seed: int = 0) -> tuple[Tensor, Tensor]:
     factors = step.init_factors(48, 32, 4, torch.Generator().manual_seed(seed))
     if not (isinstance(factors, tuple) and len(factors) == 2):
-        raise CheckError(f"init_factors(48, 32, 4, generator)\nexpected  (A, B)\ngot       {factors!r}")
+        raise CheckError("init_factors(48, 32, 4, generator)", expected="(A, B)", got=f"{factors!r}")
     return factors
 
 
@@ -22,12 +22,14 @@ def check_shapes(step: ModuleType) -> None:
     for name, got, shape in (("A", A, (4, 48)), ("B", B, (32, 4))):
         why = ""
         if tuple(got.shape) == shape[::-1]:
-            why = f"\n{name} is transposed: F.linear(x, {name}) needs (outputs, inputs), as nn.Linear stores W."
+            why = f"{name} is transposed: F.linear(x, {name}) needs (outputs, inputs), as nn.Linear stores W."
         found = (tuple(got.shape), got.dtype)
         if found != (shape, torch.float32):
             raise CheckError(
-                f"{name} of init_factors(48, 32, 4, generator)\nexpected  {shape}, torch.float32\n"
-                f"got       {found[0]}, {found[1]}{why}"
+                f"{name} of init_factors(48, 32, 4, generator)",
+                expected=f"{shape}, torch.float32",
+                got=f"{found[0]}, {found[1]}",
+                why=why,
             )
 
 
@@ -39,15 +41,14 @@ def check_zero(step: ModuleType) -> None:
     elif A.any() and B.any():
         why = "Both factors are random. Then ΔW is random, and the model is damaged before the first step."
     elif not A.any():
-        why = (
-            "A is zero and B is random. That would train too, but it is not what LoRA does, and the optimizer "
-            "would start from other values than the library. Swap the two."
-        )
+        why = "A is zero and B is random. That would train too, but it is not what LoRA does. Swap the two."
     else:
         return
     raise CheckError(
-        "A and B of init_factors(48, 32, 4, generator)\nexpected  A random, B zero\n"
-        f"got       largest |A| {A.abs().max():.3g}, largest |B| {B.abs().max():.3g}\n{why}"
+        "A and B of init_factors(48, 32, 4, generator)",
+        expected="A random, B zero",
+        got=f"largest |A| {A.abs().max():.3g}, largest |B| {B.abs().max():.3g}",
+        why=why,
     )
 
 
@@ -55,11 +56,15 @@ def check_distribution(step: ModuleType) -> None:
     """A is uniform between -1/√in and 1/√in, drawn from the generator: the same seed gives the same A."""
     (A, _), (again, _), (other, _) = _new(step), _new(step), _new(step, seed=1)
     if torch.equal(A, other):
-        raise CheckError("A is the same for two seeds.\nexpected  A drawn from `generator`\ngot       fixed numbers")
+        raise CheckError(
+            "A is the same for two seeds.", expected="A drawn from `generator`", got="fixed numbers"
+        )
     if not torch.equal(A, again):
         raise CheckError(
-            "A differs between two calls with the same seed.\nexpected  A drawn from `generator`\n"
-            "got       A drawn from the global generator\nPass generator=generator."
+            "A differs between two calls with the same seed.",
+            expected="A drawn from `generator`",
+            got="A drawn from the global generator",
+            why="Pass generator=generator.",
         )
 
     def uniform(bound: float, low: float = -1) -> Tensor:
@@ -89,7 +94,8 @@ def check_learning(step: ModuleType) -> None:
         wanted = {name for name, each in zip(("A", "B"), grads, strict=True) if each.any()}
         got = step.learning_factors(A.detach(), B.detach())
         mistakes = {
-            "It is the other factor: the gradient of A has the factor B, and the reverse.": {"A", "B"} - set(zero)
+            "It is the other factor: the gradient of A has the factor B, and the reverse.": {"A", "B"}
+            - set(zero)
         }
         state = " and ".join(f"{name} {'zero' if name in zero else 'random'}" for name in ("A", "B"))
         expect_value(f"learning_factors(A, B) with {state}", got, wanted, mistakes)

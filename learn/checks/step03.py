@@ -44,9 +44,10 @@ def check_start(step: ModuleType) -> None:
     expect("forward in eval mode, B = 0", layer(x), wanted, mistakes, tolerance=0)
     if not torch.equal(layer.train()(x), wanted):
         raise CheckError(
-            "forward in training mode, B = 0, lora_dropout 0.5\nexpected  W·x + b, the same as in eval mode\n"
-            f"got       other values, by up to {(layer(x) - wanted).abs().max():.3g}\n"
-            "Dropout has reached the frozen path: it belongs to the adapter's input alone."
+            "forward in training mode, B = 0, lora_dropout 0.5",
+            expected="W·x + b, the same as in eval mode",
+            got=f"other values, by up to {(layer(x) - wanted).abs().max():.3g}",
+            why="Dropout has reached the frozen path: it belongs to the adapter's input alone.",
         )
 
 
@@ -70,21 +71,23 @@ def check_formula(step: ModuleType) -> None:
 
 
 def check_eval_drops_nothing(step: ModuleType) -> None:
-    """In eval mode dropout does nothing: two calls with lora_dropout 0.5 are equal, and follow the formula."""
+    """In eval mode nothing is dropped: two calls with lora_dropout 0.5 are equal, by the formula."""
     layer, x = _layer(step, lora_dropout=0.5), torch.randn(4, 6).double()
     h = F.linear(x, layer.weight, layer.bias)
     wanted = h + 3.0 * F.linear(F.linear(x, layer.lora_A), layer.lora_B)
     got = layer(x)
     if not torch.equal(got, layer(x)):
         raise CheckError(
-            "forward in eval mode, twice, lora_dropout 0.5\nexpected  the same output\ngot       two outputs\n"
-            "Dropout is active in eval mode. F.dropout(x, p) drops by default: pass self.training."
+            "forward in eval mode, twice, lora_dropout 0.5",
+            expected="the same output",
+            got="two outputs",
+            why="Dropout is active in eval mode. F.dropout(x, p) drops by default: pass self.training.",
         )
     expect("forward in eval mode, lora_dropout 0.5", got, wanted)
 
 
 def check_dropout(step: ModuleType) -> None:
-    """In training mode, elements of the adapter's input are dropped one by one, the others divided by 1 - p."""
+    """In training mode single elements of the adapter's input are dropped, the others divided by 1 - p."""
     layer = _layer(step, in_=8, out=1, r=1, lora_alpha=1, lora_dropout=0.5).train()
     with torch.no_grad():
         for parameter, value in ((layer.weight, 0), (layer.bias, 0), (layer.lora_A, 1), (layer.lora_B, 1)):
@@ -93,23 +96,28 @@ def check_dropout(step: ModuleType) -> None:
         sums: Tensor = layer((2.0 ** torch.arange(8)).double().repeat(64, 1)).flatten()
     what = "forward in training mode, lora_dropout 0.5, for an adapter that adds up its 8 inputs"
     if (sums == 255).all():
-        raise CheckError(f"{what}\nexpected  some inputs dropped\ngot       no input is dropped")
+        raise CheckError(what, expected="some inputs dropped", got="no input is dropped")
     if set(sums.tolist()) <= {0.0, 255.0, 510.0}:
         raise CheckError(
-            f"{what}\nexpected  single inputs dropped\ngot       all inputs of a row are dropped, or none\n"
-            "Dropout is applied after A, or to the output. Apply it to x, before A."
+            what,
+            expected="single inputs dropped",
+            got="all inputs of a row are dropped, or none",
+            why="Dropout is applied after A, or to the output. Apply it to x, before A.",
         )
     if (sums % 2 == 1).any():
         raise CheckError(
-            f"{what}\nexpected  the kept inputs times 1 / (1 - 0.5) = 2\ngot       not so, a sum is odd\n"
-            "F.dropout divides what it keeps by 1 - p, so that the mean stays the same."
+            what,
+            expected="the kept inputs times 1 / (1 - 0.5) = 2",
+            got="not so, a sum is odd",
+            why="F.dropout divides what it keeps by 1 - p, so that the mean stays the same.",
         )
     kept = (sums / 2).long()
     share = sum(((kept >> bit) & 1).double().mean().item() for bit in range(8)) / 8
     if (sums > 510).any() or not 0.35 < share < 0.65:  # 512 fair draws stay within 0.5 ± 0.15 (6 sigma)
         raise CheckError(
-            f"{what}\nexpected  half of the inputs, times 2\n"
-            f"got       {share:.0%} of the inputs, largest sum {sums.max():g}"
+            what,
+            expected="half of the inputs, times 2",
+            got=f"{share:.0%} of the inputs, largest sum {sums.max():g}",
         )
 
 

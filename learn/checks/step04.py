@@ -50,13 +50,17 @@ def check_gradients(step: ModuleType) -> None:
 def check_frozen(step: ModuleType) -> None:
     """W and b get no gradient: None is returned for them."""
     inputs = _inputs()
-    found = _gradients(step.LoRAFunction.apply(*inputs.values(), SCALING, 0.0), inputs, torch.ones(N, OUT).double())
+    found = _gradients(
+        step.LoRAFunction.apply(*inputs.values(), SCALING, 0.0), inputs, torch.ones(N, OUT).double()
+    )
     for name in ("weight", "bias"):
         gradient = found[name]
         if gradient is not None:
             raise CheckError(
-                f"the gradient of {name}\nexpected  None\ngot       a tensor of shape {tuple(gradient.shape)}\n"
-                "W and b are frozen. Their gradients would cost time and memory, and nobody uses them."
+                f"the gradient of {name}",
+                expected="None",
+                got=f"a tensor of shape {tuple(gradient.shape)}",
+                why="W and b are frozen. Their gradients would cost time and memory, and nobody uses them.",
             )
 
 
@@ -72,8 +76,10 @@ def check_mask(step: ModuleType) -> None:
     second = torch.autograd.grad(h, (x, A, B), grad, retain_graph=True)
     if not all(torch.equal(one, two) for one, two in zip(first, second, strict=True)):
         raise CheckError(
-            "backward of one forward, called twice\nexpected  the same gradients\ngot       two different ones\n"
-            "The mask is drawn again in backward. Save the mask that forward used."
+            "backward of one forward, called twice",
+            expected="the same gradients",
+            got="two different ones",
+            why="The mask is drawn again in backward. Save the mask that forward used.",
         )
     dropped = (x * keep).detach()
     for name, got, wanted, ignored in (
@@ -94,27 +100,30 @@ def check_thin(step: ModuleType) -> None:
         inputs[name].requires_grad_(False)
     h: Any = step.LoRAFunction.apply(*inputs.values(), SCALING, 0.5)
     saved = [each for each in h.grad_fn.saved_tensors if each is not None]
-    extra = [each for each in saved if not any(each.data_ptr() == known.data_ptr() for known in inputs.values())]
+    extra = [
+        each for each in saved if not any(each.data_ptr() == known.data_ptr() for known in inputs.values())
+    ]
     for each in extra:
         if tuple(each.shape) in ((N, OUT), (OUT, IN), (IN, OUT)):
             raise CheckError(
-                f"save_for_backward keeps a tensor of shape {tuple(each.shape)}.\n"
-                f"expected  only x, the mask {(N, IN)} and the thin product {(N, R)}, besides the parameters\n"
-                "What is saved stays in memory from forward to backward, in every layer."
+                f"save_for_backward keeps a tensor of shape {tuple(each.shape)}.",
+                expected=f"only x, the mask {(N, IN)} and the thin product {(N, R)}, besides the parameters",
+                why="What is saved stays in memory from forward to backward, in every layer.",
             )
     wide = [tuple(each.shape) for each in saved if tuple(each.shape) == (N, IN)]
     if len(wide) > 2:
         raise CheckError(
-            f"save_for_backward keeps {len(wide)} tensors of shape {(N, IN)}.\nexpected  two: x and the mask\n"
-            "Compute x * keep again in backward: that is cheaper than keeping it."
+            f"save_for_backward keeps {len(wide)} tensors of shape {(N, IN)}.",
+            expected="two: x and the mask",
+            why="Compute x * keep again in backward: that is cheaper than keeping it.",
         )
     with NewTensors() as new:
         torch.autograd.grad(h, (inputs["x"], inputs["lora_A"], inputs["lora_B"]), grad)
     if (OUT, IN) in new.shapes or (IN, OUT) in new.shapes:
         raise CheckError(
-            f"backward forms a matrix of shape {(OUT, IN)}, as large as W.\n"
-            f"expected  only thin products, such as grad @ B of shape {(N, R)}\n"
-            "Multiply from the left: (grad @ B) @ A, not grad @ (B @ A)."
+            f"backward forms a matrix of shape {(OUT, IN)}, as large as W.",
+            expected=f"only thin products, such as grad @ B of shape {(N, R)}",
+            why="Multiply from the left: (grad @ B) @ A, not grad @ (B @ A).",
         )
 
 

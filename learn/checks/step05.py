@@ -25,19 +25,15 @@ def check_freeze(step: ModuleType) -> None:
         if extra:
             why.append("The base trains too: that is full fine-tuning of these parameters.")
         raise CheckError(
-            "\n".join(
-                [
-                    f"train_only(model, {HEAD!r}), when requires_grad was {before} everywhere",
-                    f"expected  {len(wanted)} parameters train: those of the adapters and of the head",
-                    f"got       {len(trained)}; not trained: {_some(missing)}; trained: {_some(extra)}",
-                    *why,
-                ]
-            )
+            f"train_only(model, {HEAD!r}), when requires_grad was {before} everywhere",
+            expected=f"{len(wanted)} parameters train: those of the adapters and of the head",
+            got=f"{len(trained)}; not trained: {_some(missing)}; trained: {_some(extra)}",
+            why="\n".join(why),
         )
 
 
 def check_roberta_base(step: ModuleType) -> None:
-    """count on roberta-base, rank 8 on query and value, 4 classes: each role by the arithmetic of its shapes."""
+    """The counts of roberta-base, rank 8 on query and value, 4 classes, follow from its shapes."""
     model = roberta_base_shapes()
     total = sum(parameter.numel() for parameter in model.parameters())
     # 12 blocks with two layers of 768 x 768; a dense layer 768 x 768 and an output layer 768 x 4, with biases

@@ -32,15 +32,22 @@ def check_ends_with(step: ModuleType) -> None:
         if got and pattern in name and not name.endswith(pattern):
             mistakes["The pattern is somewhere inside the name; it has to be at the end."] = True
         elif got and name.endswith(pattern):
-            mistakes["The pattern is a part of a component. Only whole components count: mind the dot."] = True
+            mistakes["The pattern is a part of a component. Only whole components count: mind the dot."] = (
+                True
+            )
         elif name == pattern:
             mistakes["A name may be the pattern itself, without a dot before it."] = False
         expect_value(f"ends_with({name!r}, {pattern!r})", got, wanted, mistakes)
 
 
 def check_names(step: ModuleType) -> None:
-    """On the real MiniLM, inject replaces the layers that the library's injector finds, and returns their names."""
-    for patterns in (("query", "value"), ("attention.self.key",), ("query", "dense"), ("0.attention.self.query",)):
+    """On MiniLM, inject replaces the layers that the library's injector finds, and returns their names."""
+    for patterns in (
+        ("query", "value"),
+        ("attention.self.key",),
+        ("query", "dense"),
+        ("0.attention.self.query",),
+    ):
         model = minilm_shapes()
         config = LoraConfig(target_modules=patterns, modules_to_save=(HEAD,))
         wanted = {name for names in find_targets(model, config).adapted.values() for name in names}
@@ -51,29 +58,33 @@ def check_names(step: ModuleType) -> None:
         if extra or missing:
             why = ""
             if extra and all(name.startswith(f"{HEAD}.") for name in extra):
-                why = "\nLayers inside the head are adapted. The head is trained in full: leave it alone."
+                why = "Layers inside the head are adapted. The head is trained in full: leave it alone."
             if missing and len(missing) == len(wanted):
-                why = "\nNothing is replaced where it is: set the attribute of its parent module."
+                why = "Nothing is replaced where it is: set the attribute of its parent module."
             raise CheckError(
-                f"{what}\nexpected  {len(wanted)} layers replaced\ngot       {len(replaced)}; not replaced: "
-                f"{missing[:2]}, replaced too: {extra[:2]}{why}"
+                what,
+                expected=f"{len(wanted)} layers replaced",
+                got=f"{len(replaced)}; not replaced: {missing[:2]}, replaced too: {extra[:2]}",
+                why=why,
             )
         order = [name for name, _ in model.named_modules() if name in wanted]
         expect_value(f"the names that {what} returns", got, order)
 
 
 def check_same_parameters(step: ModuleType) -> None:
-    """With your layer of step 3, each new layer holds the old W itself, and the model's outputs are the same."""
+    """With your layer of step 3, each layer holds the old W itself, and MiniLM's outputs are the same."""
     model, _ = load_base("minilm")
     ids = torch.arange(1000, 1024).reshape(2, 12)
     with torch.no_grad():
         before = model(ids).logits
-    weights = {name: parameter for name, parameter in model.named_parameters() if name.endswith("query.weight")}
+    weights = {
+        name: parameter for name, parameter in model.named_parameters() if name.endswith("query.weight")
+    }
     layer = load(folder_of(step), 3).MyLoRALinear
     step.inject(model, ("query", "value"), lambda linear: layer(linear, r=8, lora_alpha=16), HEAD)
     for name, weight in weights.items():
         if model.get_submodule(name.removesuffix(".weight")).weight is not weight:
-            raise CheckError(f"{name}\nexpected  the Parameter of the old layer\ngot       another one, a copy")
+            raise CheckError(f"{name}", expected="the Parameter of the old layer", got="another one, a copy")
     with torch.no_grad():
         expect("the logits of MiniLM with a fresh adapter", model(ids).logits, before, tolerance=0)
 
@@ -87,11 +98,13 @@ def check_no_match(step: ModuleType) -> None:
         arguments: tuple[Any, ...] = (model, patterns, _Wrapped, HEAD)
         error = expect_error(what, ValueError, step.inject, *arguments, why=why)
         if patterns[-1] not in str(error):
-            raise CheckError(f"{what}\nexpected  a message that names {patterns[-1]!r}\ngot       {str(error)!r}")
+            raise CheckError(what, expected=f"a message that names {patterns[-1]!r}", got=f"{str(error)!r}")
         if any(isinstance(module, _Wrapped) for module in model.modules()):
             raise CheckError(
-                f"{what}\nexpected  an unchanged model\ngot       some layers are replaced already\n"
-                "Check all patterns before the first replacement."
+                what,
+                expected="an unchanged model",
+                got="some layers are replaced already",
+                why="Check all patterns before the first replacement.",
             )
 
 
@@ -101,7 +114,7 @@ class _Wrapped(nn.Module):
     def __init__(self, linear: nn.Linear):
         super().__init__()
         if not isinstance(linear, nn.Linear):
-            raise CheckError(f"make_layer got a {type(linear).__name__}; only an nn.Linear can be adapted")
+            raise CheckError("the argument of make_layer", "an nn.Linear", f"a {type(linear).__name__}")
         self.inner = [linear]  # in a list, so that it is not a part of the module tree
 
 

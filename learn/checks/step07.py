@@ -23,7 +23,10 @@ def make_layer(kind: Any, dtype: torch.dtype = torch.float32, lora_dropout: floa
 
 def oracle(layer: Any, weight: Tensor | None = None) -> Tensor:
     """W + scaling·B·A in float64."""
-    W, A, B = (each.detach().double() for each in (layer.weight if weight is None else weight, layer.lora_A, layer.lora_B))
+    W, A, B = (
+        each.detach().double()
+        for each in (layer.weight if weight is None else weight, layer.lora_A, layer.lora_B)
+    )
     return W + SCALING * (B @ A)
 
 
@@ -66,12 +69,13 @@ def check_one_rounding(step: ModuleType) -> str:
         name = str(dtype).removeprefix("torch.")
         if layer.weight is not pointer or layer.weight.dtype != dtype:
             raise CheckError(
-                f"the weight after merge, {name}\nexpected  the same Parameter, written in place\n"
-                f"got       another object, {layer.weight.dtype}\n"
-                "Hooks, optimizers and tied layers hold the Parameter: use self.weight.copy_(…)."
+                f"the weight after merge, {name}",
+                expected="the same Parameter, written in place",
+                got=f"another object, {layer.weight.dtype}",
+                why="Hooks, optimizers and tied layers hold the Parameter: use self.weight.copy_(…).",
             )
         if torch.equal(layer.weight, before):
-            raise CheckError(f"the weight after merge, {name}\nexpected  W + ΔW\ngot       W, unchanged")
+            raise CheckError(f"the weight after merge, {name}", expected="W + ΔW", got="W, unchanged")
         _expect_rounded(f"the weight after merge, {name}", layer, before, wanted)
         steps = before + (SCALING * (layer.lora_B @ layer.lora_A)).to(dtype)
         notes.append(f"{(steps != layer.weight).double().mean():.1%} in {name}")
@@ -79,7 +83,7 @@ def check_one_rounding(step: ModuleType) -> str:
 
 
 def _expect_rounded(what: str, layer: Any, before: Tensor, wanted: Tensor) -> None:
-    """Each element is the float64 sum to the nearest; torch rounds to 16 bits by way of float32, so ties may differ."""
+    """Compares with torch's conversion, which is also what `copy_` does."""
     got, dtype = layer.weight.detach(), layer.weight.dtype
     rounded = wanted.to(dtype)
     if torch.equal(got, rounded):
@@ -96,9 +100,13 @@ def _expect_rounded(what: str, layer: Any, before: Tensor, wanted: Tensor) -> No
     error = ((got.double() - wanted).abs() / (rounded.double() - wanted).abs().max()).max()
     why = next((why for why, each in mistakes.items() if torch.equal(got, each)), "")
     raise CheckError(
-        f"{what}\nexpected  W + scaling·B·A, formed in float64 and rounded once\n"
-        f"got       {wrong:.1%} of the elements are other numbers; the largest error is {error:.2g} times that of "
-        f"one rounding\n{why}".strip()
+        what,
+        expected="W + scaling·B·A, formed in float64 and rounded once",
+        got=(
+            f"{wrong:.1%} of the elements are other numbers; the largest error is {error:.2g} "
+            "times that of one rounding"
+        ),
+        why=why,
     )
 
 
@@ -109,14 +117,18 @@ def check_dropout_stays_outside(step: ModuleType) -> None:
     layer.merge()
     if not torch.equal(layer.weight, wanted.float()):
         raise CheckError(
-            "the weight after merge in training mode, lora_dropout 0.5\nexpected  W + scaling·B·A\n"
-            f"got       other values, by up to {(layer.weight - wanted).abs().max():.3g}\n"
-            "Dropout is inside the merge: ΔW comes from the factors, not from a forward pass in training mode."
+            "the weight after merge in training mode, lora_dropout 0.5",
+            expected="W + scaling·B·A",
+            got=f"other values, by up to {(layer.weight - wanted).abs().max():.3g}",
+            why=(
+                "Dropout is inside the merge: ΔW comes from the factors, not from a forward pass in "
+                "training mode."
+            ),
         )
 
 
 def check_forward(step: ModuleType) -> None:
-    """After merge, forward is one product with the merged weight, bit for bit, and close to the output before."""
+    """After merge, forward is one product with the merged weight, and close to the output before."""
     layer, x = make_layer(step.MergeableLoRALinear), torch.randn(5, SIZE)
     with torch.no_grad():
         before = layer(x)
@@ -125,7 +137,9 @@ def check_forward(step: ModuleType) -> None:
     twice = wanted + SCALING * F.linear(F.linear(x, layer.lora_A), layer.lora_B)
     why = "The adapter is added again, though the weight holds it already: ΔW counts twice."
     expect("forward after merge", after, wanted, {why: twice.detach()}, tolerance=0)
-    expect("forward after merge, against before", after, before, tolerance=1e-5)  # float32 sums of 64 products
+    expect(
+        "forward after merge, against before", after, before, tolerance=1e-5
+    )  # float32 sums of 64 products
 
 
 def check_second_merge(step: ModuleType) -> None:
@@ -136,7 +150,7 @@ def check_second_merge(step: ModuleType) -> None:
     why = "Merging twice adds ΔW twice."
     expect_error("merge of a merged layer", RuntimeError, layer.merge, why=why)
     if not torch.equal(weight, layer.weight):
-        raise CheckError("the weight after a refused merge\nexpected  unchanged\ngot       changed")
+        raise CheckError("the weight after a refused merge", expected="unchanged", got="changed")
 
 
 def check_modes(step: ModuleType) -> None:
@@ -149,9 +163,13 @@ def check_modes(step: ModuleType) -> None:
         getattr(layer, mode)()
         if not torch.equal(weight, layer.weight):
             raise CheckError(
-                f"the weight after layer.{mode}()\nexpected  unchanged\ngot       changed\n"
-                f"{mode}() merges. Then every validation pass rounds the weights, and a saved model may hold ΔW "
-                "twice. Merge on request only."
+                f"the weight after layer.{mode}()",
+                expected="unchanged",
+                got="changed",
+                why=(
+                    f"{mode}() merges. Then every validation pass rounds the weights, and a saved model "
+                    "may hold ΔW twice. Merge on request only."
+                ),
             )
 
 

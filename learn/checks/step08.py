@@ -9,7 +9,7 @@ from learn.oracle import CheckError, expect_error, expect_value
 
 
 def check_drift(step: ModuleType) -> str:
-    """drift measures how many weights change when adapters are added and subtracted in turn, here in bfloat16."""
+    """The drift by adding and subtracting adapters in turn, here in bfloat16, is measured right."""
     weight = torch.randn(64, 64).bfloat16()
     deltas = [(0.1 * torch.randn(64, 64)).bfloat16() for _ in range(100)]
     before = weight.clone()
@@ -21,7 +21,7 @@ def check_drift(step: ModuleType) -> str:
         wanted = (moving != before).double().mean().item()
         got = step.drift(weight, deltas[:count])
         if not torch.equal(weight, before):
-            raise CheckError("drift(weight, …)\nexpected  `weight` unchanged\ngot       changed: work on a copy")
+            raise CheckError("drift(weight, …)", expected="`weight` unchanged", got="changed: work on a copy")
         expect_value(f"drift(weight, deltas) with {count} deltas", got, wanted)
         shares.append(f"{wanted:.1%} after {count}")
     return f"Weights that subtraction does not restore in bfloat16: {', '.join(shares[1:])} adapters."
@@ -38,24 +38,28 @@ def check_restores(step: ModuleType) -> None:
             merged = layer.weight.detach().clone()
             layer.unmerge()
             if layer.merged:
-                raise CheckError("layer.merged after unmerge\nexpected  False\ngot       True")
+                raise CheckError("layer.merged after unmerge", expected="False", got="True")
             if torch.equal(layer.weight, before):
                 continue
             share = (layer.weight != before).double().mean()
             why = "The sum was rounded, so subtracting ΔW does not give W back. Keep a copy of W instead."
             if torch.equal(layer.weight, merged):
                 why = (
-                    "The weight still holds W + ΔW. What you kept shares memory with the weight: keep a clone(), "
-                    "made before the merge."
+                    "The weight still holds W + ΔW. What you kept shares memory with the weight: keep a "
+                    "clone(), made before the merge."
                 )
             raise CheckError(
-                f"the weight after {cycle} cycles, {name}\nexpected  W, bit for bit\n"
-                f"got       {share:.1%} of the elements differ, by up to {(layer.weight - before).abs().max():.3g}\n{why}"
+                f"the weight after {cycle} cycles, {name}",
+                expected="W, bit for bit",
+                got=f"{share:.1%} of the elements differ, by up to {(layer.weight - before).abs().max():.3g}",
+                why=why,
             )
         if layer.weight is not parameter:
             raise CheckError(
-                "the weight after unmerge\nexpected  the same Parameter object\ngot       another one\n"
-                "Hooks, optimizers and tied layers hold the old one: write in place with copy_."
+                "the weight after unmerge",
+                expected="the same Parameter object",
+                got="another one",
+                why="Hooks, optimizers and tied layers hold the old one: write in place with copy_.",
             )
 
 
@@ -69,14 +73,15 @@ def check_changed_adapter(step: ModuleType) -> None:
     layer.unmerge()
     if not torch.equal(layer.weight, before):
         raise CheckError(
-            "the weight after merge, a change of B, unmerge\nexpected  W, bit for bit\n"
-            f"got       other values, by up to {(layer.weight - before).abs().max():.3g}\n"
-            "ΔW was subtracted with the new B. Restore the copy of W."
+            "the weight after merge, a change of B, unmerge",
+            expected="W, bit for bit",
+            got=f"other values, by up to {(layer.weight - before).abs().max():.3g}",
+            why="ΔW was subtracted with the new B. Restore the copy of W.",
         )
 
 
 def check_states(step: ModuleType) -> None:
-    """unmerge without merge raises RuntimeError; after unmerge the adapter is active, and merge works again."""
+    """Only a merged layer can be unmerged; then the adapter is active, and merge works again."""
     layer, x = make_layer(step.RestorableLoRALinear), torch.randn(5, 64)
     expect_error("unmerge of a layer that is not merged", RuntimeError, layer.unmerge)
     with torch.no_grad():
@@ -85,8 +90,9 @@ def check_states(step: ModuleType) -> None:
         layer.unmerge()
         if not torch.equal(layer(x), before):
             raise CheckError(
-                "forward after merge and unmerge\nexpected  the output before, bit for bit\n"
-                f"got       other values, by up to {(layer(x) - before).abs().max():.3g}"
+                "forward after merge and unmerge",
+                expected="the output before, bit for bit",
+                got=f"other values, by up to {(layer(x) - before).abs().max():.3g}",
             )
     expect_error("unmerge, twice", RuntimeError, layer.unmerge)
     layer.merge()
@@ -100,13 +106,18 @@ def check_merge(step: ModuleType) -> None:
     wanted = (before.double() + SCALING * (layer.lora_B.double() @ layer.lora_A.double())).float()
     layer.merge()
     if not torch.equal(layer.weight, wanted):
-        raise CheckError("the weight after merge\nexpected  that of step 7\ngot       other values")
+        raise CheckError("the weight after merge", expected="that of step 7", got="other values")
     expect_error("merge of a merged layer", RuntimeError, layer.merge)
     layer.unmerge()
     if not torch.equal(layer.weight, before):
         raise CheckError(
-            "the weight after merge, a refused merge, unmerge\nexpected  W\ngot       other values\n"
-            "The refused merge replaced the copy of W by W + ΔW. Keep the copy only once merge has succeeded."
+            "the weight after merge, a refused merge, unmerge",
+            expected="W",
+            got="other values",
+            why=(
+                "The refused merge replaced the copy of W by W + ΔW. Keep the copy only once merge "
+                "has succeeded."
+            ),
         )
 
 

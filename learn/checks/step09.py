@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learn.checks.models import HEAD, adapted_tiny_roberta
+from learn.checks.models import HEAD, adapted_layers, adapted_tiny_roberta
 from learn.oracle import CheckError, expect_error
-from lora.modules import lora_layers
 
 
 def _wanted_names(model: nn.Module) -> set[str]:
-    adapters = {f"{name}.{key}" for name, layer in lora_layers(model).items() for key in ("lora_A", "lora_B")}
+    adapters = {f"{name}.{key}" for name in adapted_layers(model) for key in ("lora_A", "lora_B")}
     return adapters | {name for name in model.state_dict() if name.startswith(f"{HEAD}.")}
 
 
@@ -25,27 +24,25 @@ def check_names(step: ModuleType) -> None:
     model = adapted_tiny_roberta()
     state, wanted = step.adapter_state(model, HEAD), _wanted_names(model)
     if not isinstance(state, dict):
-        raise CheckError(f"adapter_state(model, {HEAD!r})\nexpected  a dict\ngot       {type(state).__name__}")
+        raise CheckError(f"adapter_state(model, {HEAD!r})", expected="a dict", got=f"{type(state).__name__}")
     missing, extra = wanted - state.keys(), state.keys() - wanted
     if not (missing or extra):
         return
     why = []
     if missing and all(name.startswith(f"{HEAD}.") for name in missing):
         why.append(
-            "The head is not saved. It was trained from random values that a fresh model does not have: without it "
-            "the adapter's features go into a head that knows nothing."
+            "The head is not saved. It was trained from random values that a fresh model does not have: "
+            "without it the adapter's features go into a head that knows nothing."
         )
     if extra:
-        why.append("The base is saved too. Everybody has it already: an adapter's file stays small without it.")
-    raise CheckError(
-        "\n".join(
-            [
-                f"the names in adapter_state(model, {HEAD!r})",
-                f"expected  {len(wanted)}",
-                f"got       {len(state)}; missing: {_some(missing)}; superfluous: {_some(extra)}",
-                *why,
-            ]
+        why.append(
+            "The base is saved too. Everybody has it already: an adapter's file stays small without it."
         )
+    raise CheckError(
+        f"the names in adapter_state(model, {HEAD!r})",
+        expected=f"{len(wanted)}",
+        got=f"{len(state)}; missing: {_some(missing)}; superfluous: {_some(extra)}",
+        why="\n".join(why),
     )
 
 
@@ -60,20 +57,22 @@ def check_copies(step: ModuleType) -> None:
     for name, tensor in state.items():
         if not torch.equal(tensor, before[name]):
             raise CheckError(
-                f"{name} in the state, after a step of training\nexpected  unchanged\ngot       changed\n"
-                "The state shares memory with the model. Copy: tensor.detach().clone()."
+                f"{name} in the state, after a step of training",
+                expected="unchanged",
+                got="changed",
+                why="The state shares memory with the model. Copy: tensor.detach().clone().",
             )
 
 
 def check_round_trip(step: ModuleType) -> str:
-    """After training a small task, a fresh model with the loaded state gives the same outputs, bit for bit."""
+    """After training on a small task, a fresh model with the loaded state gives the same outputs."""
     model = adapted_tiny_roberta(seed=1)
     ids = torch.randint(5, 60, (24, 6))
     labels = ids[:, 1] % 3  # the class is the second token, modulo 3
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
     for _ in range(25):
-        F.cross_entropy(model(ids).logits, labels).backward()
+        F.cross_entropy(model(ids).logits, labels).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
     state = step.adapter_state(model, HEAD)
@@ -84,21 +83,22 @@ def check_round_trip(step: ModuleType) -> str:
         wanted, got, without = (each(ids).logits for each in (model, fresh, headless))
     if not torch.equal(wanted, got):
         raise CheckError(
-            "the logits of a fresh model after load_adapter_state\nexpected  those of the trained model\n"
-            f"got       other values, by up to {(got - wanted).abs().max():.3g}"
+            "the logits of a fresh model after load_adapter_state",
+            expected="those of the trained model",
+            got=f"other values, by up to {(got - wanted).abs().max():.3g}",
         )
 
     def accuracy(logits: Tensor) -> float:
         return (logits.argmax(1) == labels).double().mean().item()
 
     return (
-        f"Accuracy on the training rows: {accuracy(got):.0%} with adapter and head, {accuracy(without):.0%} with "
-        "the adapter and a new head; guessing gives 33%."
+        f"Accuracy on the training rows: {accuracy(got):.0%} with adapter and head, "
+        f"{accuracy(without):.0%} with the adapter and a new head; guessing gives 33%."
     )
 
 
 def check_strict(step: ModuleType) -> None:
-    """A state that lacks a tensor, has one too many, or one of another shape raises ValueError, before any write."""
+    """A tensor that is missing, superfluous or of another shape raises ValueError, before any write."""
     for change, what in (
         ("missing", "lacks the head's output layer"),
         ("extra", "has a tensor that the model does not have"),
@@ -117,11 +117,21 @@ def check_strict(step: ModuleType) -> None:
             state[f"{HEAD}.out_proj.weight"] = torch.zeros(5, 32)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         why = "Silence here means a model that runs with random weights where the adapter's should be."
-        expect_error(f"load_adapter_state, the state {what}", ValueError, step.load_adapter_state, model, state, HEAD, why=why)
+        expect_error(
+            f"load_adapter_state, the state {what}",
+            ValueError,
+            step.load_adapter_state,
+            model,
+            state,
+            HEAD,
+            why=why,
+        )
         if any(not torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()):
             raise CheckError(
-                f"the model, after a state that {what}\nexpected  unchanged\ngot       partly overwritten\n"
-                "Compare names and shapes before the first write."
+                f"the model, after a state that {what}",
+                expected="unchanged",
+                got="partly overwritten",
+                why="Compare names and shapes before the first write.",
             )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
 
 from learn.checks.models import HEAD, TARGETS, adapted_tiny_roberta, tiny_roberta
 from learn.oracle import CheckError, expect_value
@@ -40,7 +39,7 @@ def check_keys(step: ModuleType) -> None:
         expect_value(f"peft_key({name!r})", step.peft_key(name), wanted, mistakes)
 
 
-def _save(step: ModuleType, folder: Path) -> nn.Module:
+def _save(step: ModuleType, folder: Path) -> Any:
     model = adapted_tiny_roberta(seed=1)
     state = {
         name: tensor.clone()
@@ -51,21 +50,24 @@ def _save(step: ModuleType, folder: Path) -> nn.Module:
     found = {path.name for path in folder.iterdir()}
     wanted = {"adapter_config.json", "adapter_model.safetensors"}
     if found != wanted:
-        raise CheckError(f"the files of save_peft\nexpected  {sorted(wanted)}\ngot       {sorted(found)}")
+        raise CheckError("the files of save_peft", expected=f"{sorted(wanted)}", got=f"{sorted(found)}")
     return model
 
 
 def check_config(step: ModuleType) -> None:
-    """adapter_config.json has the fields that PEFT needs, lora_alpha itself and not the scaling among them."""
+    """The config has the fields that PEFT needs, with lora_alpha itself and not the scaling."""
     with tempfile.TemporaryDirectory() as folder:
         _save(step, Path(folder))
         fields = json.loads((Path(folder) / "adapter_config.json").read_text(encoding="utf-8"))
     wanted: dict[str, Any] = {
-        "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": "tiny", "r": 4, "lora_alpha": 8,
+        "peft_type": "LORA", "task_type": "SEQ_CLS", "base_model_name_or_path": "tiny", "r": 4,
+        "lora_alpha": 8,
         "target_modules": list(TARGETS), "modules_to_save": [HEAD],
     }  # fmt: skip
     for name, value in wanted.items():
-        mistakes = {"This is lora_alpha / r. PEFT divides by r itself.": 2} if name == "lora_alpha" else {}
+        mistakes: dict[str, object] = (
+            {"This is lora_alpha / r. PEFT divides by r itself.": 2} if name == "lora_alpha" else {}
+        )
         if name == "modules_to_save":
             mistakes = {"The head is not named, so PEFT would keep a new one, with random weights.": None}
         expect_value(f"{name} in adapter_config.json", fields.get(name), value, mistakes)
@@ -83,14 +85,17 @@ def check_library(step: ModuleType) -> None:
         except AdapterError as error:
             keys = list(safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors"))
             raise CheckError(
-                f"load_adapter of the library, on your folder\nexpected  a loaded adapter\ngot       {error}\n"
-                f"the first keys of your file: {keys[:2]}"
+                "load_adapter of the library, on your folder",
+                expected="a loaded adapter",
+                got=f"{error}",
+                why=f"the first keys of your file: {keys[:2]}",
             ) from error
         difference = (loaded(ids).logits - model(ids).logits).abs().max()
         if difference:
             raise CheckError(
-                "the logits of the loaded model\nexpected  those of the saved one\n"
-                f"got       other values, by up to {difference:.3g}"
+                "the logits of the loaded model",
+                expected="those of the saved one",
+                got=f"other values, by up to {difference:.3g}",
             )
 
 
@@ -108,8 +113,9 @@ def check_peft(step: ModuleType) -> str:
         difference = float((theirs - wanted).abs().max() / wanted.abs().max())
         if difference > 1e-5:  # float32: the same products in another order, through two layers
             raise CheckError(
-                "the logits in PEFT\nexpected  those of the saved model\n"
-                f"got       other values, by {difference:.2%} of the largest"
+                "the logits in PEFT",
+                expected="those of the saved model",
+                got=f"other values, by {difference:.2%} of the largest",
             )
     return f"peft {peft.__version__}: the largest difference is {difference:.1e} of the largest logit."
 

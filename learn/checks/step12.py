@@ -5,18 +5,18 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from learn.checks.models import adapted_layers
 from learn.checks.step11 import YOURS
 from learn.course import folder_of
 from learn.oracle import expect, expect_value
 from lora.anatomy import delta_svd, effective_rank, svd
-from lora.modules import lora_layers
 from model import speed_up
 from train.batches import encode
 from train.data import load_news
 from train.hardware import resolve_device, resolve_precision
 from train.inference import predict_logits
 from train.metrics import Scores
-from train.runs import ADAPTER, SUMMARY, run_recipe
+from train.runs import SUMMARY, run_recipe
 from train.trained import load_trained
 
 
@@ -50,7 +50,9 @@ def check_effective_rank(step: ModuleType) -> None:
         got = step.effective_rank(S)
         mistakes = {
             "This is the entropy. Its exponential counts directions.": -(p * p.log()).sum(),
-            "p is formed from the squares of S; in this definition it is S / ΣS.": (-(q * q.log()).sum()).exp(),
+            "p is formed from the squares of S; in this definition it is S / ΣS.": (
+                -(q * q.log()).sum()
+            ).exp(),
             "The logarithm has base 2, and the exponential base e.": (-(p * p.log2()).sum()).exp(),
             "The sign of the sum is missing.": (p * p.log()).sum().exp(),
         }
@@ -88,13 +90,13 @@ def check_run(step: ModuleType) -> str:
     folder = folder_of(step) / YOURS
     if not (folder / SUMMARY).is_file():
         return f"There is no run in {folder.name}, so nothing is measured. `make learn STEP=11` trains one."
-    recipe, trained = run_recipe(folder), load_trained(folder / ADAPTER)
+    recipe, trained = run_recipe(folder), load_trained(folder)
     news = load_news(recipe.data, recipe.validation_fraction, recipe.seed)
     rows = encode(news.test, trained.tokenizer, trained.max_length_tokens)
     device = resolve_device(recipe.device)
     precision = resolve_precision(recipe.precision, device)
     speed_up(trained.model.to(device), precision)
-    layers = lora_layers(trained.model).values()
+    layers = adapted_layers(trained.model).values()
     ranks = [
         step.effective_rank(step.singular_values(each.lora_A.detach(), each.lora_B.detach(), each.scaling))
         for each in layers
@@ -112,8 +114,8 @@ def check_run(step: ModuleType) -> str:
         scores = Scores.of(rows.labels, logits.argmax(1).numpy(), len(news.labels))
         found.append(f"{scores.accuracy:.1%} with rank {rank}")
     return (
-        f"Effective rank of ΔW: {min(ranks):.1f} to {max(ranks):.1f} in {len(ranks)} layers of rank {recipe.r}. "
-        f"Test accuracy: {', '.join(found)}."
+        f"Effective rank of ΔW: {min(ranks):.1f} to {max(ranks):.1f} in {len(ranks)} layers of rank "
+        f"{recipe.r}. Test accuracy: {', '.join(found)}."
     )
 
 

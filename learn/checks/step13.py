@@ -18,7 +18,9 @@ def check_dora(step: ModuleType) -> None:
     rows, columns = V.norm(dim=1), V.norm(dim=0)
     wanted = F.linear(x, V) * (m / rows.detach()) + b
     mistakes = {
-        "The norm is over the columns of V. Each output row has a norm: dim=1.": F.linear(x, V / columns * m) + b,
+        "The norm is over the columns of V. Each output row has a norm: dim=1.": (
+            F.linear(x, V / columns * m) + b
+        ),
         "The norm is over the columns of V, as seen from the outputs: dim=1, not dim=0.": (
             F.linear(x, V) * (m / columns) + b
         ),
@@ -49,26 +51,28 @@ def check_mixed(step: ModuleType) -> None:
     if isinstance(got, torch.Tensor) and got.shape == wanted.shape and not torch.equal(got, wanted):
         close = torch.allclose(got, wanted, rtol=1e-5, atol=1e-5)
         why = (
-            "Equal up to rounding: rows that are gathered form products of another shape, which round otherwise."
+            "Equal up to rounding: gathered rows form products of another shape, which round otherwise."
             if close
             else f"Row {int((got - wanted).abs().amax(1).argmax())} is the furthest off."
         )
         raise CheckError(
-            f"mixed_batch(h, x, adapters, {which})\nexpected  the rows of whole batches, bit for bit\n"
-            f"got       other values, by up to {(got - wanted).abs().max():.3g}\n{why}"
+            f"mixed_batch(h, x, adapters, {which})",
+            expected="the rows of whole batches, bit for bit",
+            got=f"other values, by up to {(got - wanted).abs().max():.3g}",
+            why=why,
         )
     expect("mixed_batch", got, wanted, tolerance=0)
     if not torch.equal(h, before):
-        raise CheckError("h after mixed_batch\nexpected  unchanged\ngot       changed")
+        raise CheckError("h after mixed_batch", expected="unchanged", got="changed")
     for wrong in (2, -2):
         expect_error(
-            f"mixed_batch with adapter {wrong} of 2", ValueError, step.mixed_batch, h, x, adapters, [wrong] * 7,
-            why="An unknown adapter must not mean the base model.",
+            f"mixed_batch with adapter {wrong} of 2", ValueError, step.mixed_batch, h, x, adapters,
+            [wrong] * 7, why="An unknown adapter must not mean the base model.",
         )  # fmt: skip
 
 
 def check_llama(step: ModuleType) -> None:
-    """adapt_llama finds the query and value projections of a small Llama, and changes no output at the start."""
+    """The query and value projections of a small Llama are adapted, and its outputs are the same."""
     config = LlamaConfig(
         vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
     )
@@ -82,7 +86,7 @@ def check_llama(step: ModuleType) -> None:
         for name in names:
             model.get_submodule(name).lora_B.normal_()
         if torch.equal(model(ids).logits, before):
-            raise CheckError("the logits after a change of lora_B\nexpected  other values\ngot       the same")
+            raise CheckError("the logits after a change of lora_B", expected="other values", got="the same")
 
 
 CHECKS = (check_dora, check_mixed, check_llama)

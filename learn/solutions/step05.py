@@ -6,8 +6,8 @@ from torch import nn
 def train_only(model: nn.Module, head: str) -> None:
     """Lets the adapters and the head train, and freezes every other parameter.
 
-    An adapter's parameters have dotted names that end in ".lora_A" or ".lora_B". head: the name of the child of
-    the model that is trained in full, such as "classifier"; its parameters' names begin with it and a dot.
+    An adapter's parameters have dotted names that end in ".lora_A" or ".lora_B". head: the name of the child
+    of the model that is trained in full, such as "classifier"; its parameters' names begin with it and a dot.
     """
     # [step 5: set requires_grad of every parameter]
     for name, parameter in model.named_parameters():

@@ -20,7 +20,7 @@ def inject(
     Layers inside the child called `head` stay, because the head is trained in full. Returns the dotted names
     of the replaced layers, in the model's order.
 
-    Raises ValueError, which names the pattern, if a pattern matches no such layer. The model is then unchanged.
+    Raises ValueError, which names the pattern, if one matches no such layer. The model is then unchanged.
     """
     # [step 6: find all layers first, check the patterns, then replace]
     found = {

@@ -26,7 +26,7 @@ class MergeableLoRALinear(MyLoRALinear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Writes the merged weight into `self.weight`, rounded once. Raises RuntimeError if merged already."""
+        """Writes the merged weight into `self.weight`, rounded once. Raises RuntimeError if merged."""
         # [step 7: refuse a second merge; write in place with self.weight.copy_(...); set self.merged]
         if self.merged:
             raise RuntimeError("the layer is merged already")

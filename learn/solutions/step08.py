@@ -10,7 +10,7 @@ from learn.solutions.step07 import MergeableLoRALinear
 
 @torch.no_grad()
 def drift(weight: Tensor, deltas: list[Tensor]) -> float:
-    """The share of the elements of `weight` that differ after each of `deltas` was added and subtracted in turn.
+    """The share of the elements of `weight` that differ after adding and subtracting each of `deltas`.
 
     All tensors have the same dtype and shape. `weight` itself is not changed.
     """

@@ -25,7 +25,7 @@ def load_adapter_state(model: nn.Module, state: dict[str, Tensor], head: str) ->
     Raises ValueError if `state` lacks a tensor that the model needs, has one too many, or has one of another
     shape. The model is then unchanged.
     """
-    # [step 9: compare names and shapes with what the model needs; then copy into model.state_dict()'s tensors]
+    # [step 9: compare names and shapes with what the model needs; only then write]
     needed = adapter_state(model, head)
     if state.keys() != needed.keys():
         raise ValueError(f"missing or superfluous: {sorted(state.keys() ^ needed.keys())}")

@@ -1,5 +1,7 @@
 """Step 11: train the quickstart on your own layer, through the real loop."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,16 +23,17 @@ class MyLoRALinear(MergeableLinear):
         r: int,
         lora_alpha: float,
         lora_dropout: float = 0.0,
-        use_rslora: bool = False,  # not used here
+        use_rslora: bool = False,
         generator: torch.Generator | None = None,
     ):
         super().__init__(linear)  # takes over weight and bias, and freezes them
         self.r, self.lora_alpha, self.lora_dropout = r, lora_alpha, lora_dropout
-        # [step 11: self.lora_A and self.lora_B, from your step 2; self.scaling]
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)  # the adapter's, 32 bits at least
+        # [step 11: self.lora_A and self.lora_B, from your step 2, in this dtype; self.scaling]
         lora_A, lora_B = init_factors(self.in_features, self.out_features, r, generator)
-        self.lora_A = nn.Parameter(lora_A)
-        self.lora_B = nn.Parameter(lora_B)
-        self.scaling = lora_alpha / r
+        self.lora_A = nn.Parameter(lora_A.to(dtype))
+        self.lora_B = nn.Parameter(lora_B.to(dtype))
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r)
         # [end]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ def singular_values(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """The r largest singular values of ΔW = scaling·B·A, float64, largest first. r is at most in and out."""
     # [step 12: torch.linalg.svdvals of ΔW in float64]
     delta = scaling * (lora_B.double() @ lora_A.double())
-    return torch.linalg.svdvals(delta)[: len(lora_A)]
+    S: Tensor = torch.linalg.svdvals(delta)
+    return S[: len(lora_A)]
     # [end]
 
 

@@ -20,7 +20,7 @@ def dora(
     """
     # [step 13: V; its norms by rows, detached; the product; the bias]
     V = weight + scaling * lora_B @ lora_A  # (out, in)
-    norm = V.norm(dim=1).detach()  # (out,)
+    norm: Tensor = V.norm(dim=1).detach()  # (out,)
     return F.linear(x, V) * (magnitude / norm) + bias
     # [end]
 
@@ -30,8 +30,8 @@ def mixed_batch(
 ) -> Tensor:
     """Adds to each row of h (n, out) the update of its own adapter, for inputs x (n, in).
 
-    adapters: (A, B, scaling) of each. which: the index of each row's adapter, or -1 for none. A row is the same,
-    bit for bit, as if the whole batch had its adapter. Raises ValueError for any other index.
+    adapters: (A, B, scaling) of each. which: the index of each row's adapter, or -1 for none. A row is the
+    same, bit for bit, as if the whole batch had its adapter. Raises ValueError for any other index.
     """
     # [step 13: run every adapter on the whole batch, and choose rows with torch.where]
     if not all(-1 <= index < len(adapters) for index in which):
@@ -45,7 +45,7 @@ def mixed_batch(
 
 
 def adapt_llama(model: nn.Module) -> list[str]:
-    """Adapts the query and value projections of a LlamaForCausalLM, r=4 and lora_alpha=8. Returns their names.
+    """Adapts the query and value projections of a Llama, with r=4 and lora_alpha=8. Returns their names.
 
     Use your injector of step 6 and your layer of step 3. print(model) shows how the layers are called.
     """
