@@ -48,10 +48,10 @@ learn-watch: $(VENV)/.run  ## the same, again whenever you save a file
 	@$(RUN) -m learn --watch $(if $(STEP),--step $(STEP))
 
 learn-reset: $(VENV)/.run  ## start a step again, STEP=7; your file is kept
-	@$(RUN) -m learn --reset $(STEP)
+	@$(RUN) -m learn --reset $(or $(STEP),$(error which step? For example: make learn-reset STEP=7))
 
 learn-solution: $(VENV)/.run  ## show our solution of a step, STEP=7, after asking
-	@$(RUN) -m learn --solution $(STEP)
+	@$(RUN) -m learn --solution $(or $(STEP),$(error which step? For example: make learn-solution STEP=7))
 
 learn-peft: $(PEERS)/.run  ## step 10 of the course, with PEFT reading your file
 	@$(PEERS)/bin/python -m learn --step 10 || [ $$? -eq 1 ]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
 
-from learn.course import BONUS, LAST, WORK, create_files, file_name, page, reset, solution
+from learn.course import BONUS, LAST, WORK, create_files, file_name, page, reset, shown, solution
 from learn.runner import run
 from train.command import run_command
 
@@ -32,10 +33,10 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
             page(step)  # raises CourseError if there is none
     for path in create_files(folder):
         if path.name == file_name(1):
-            print(f"Created your files in {_shown(folder)}. Start with {_shown(page(1))}.\n")
+            print(f"Created your files in {shown(folder)}. Start with {shown(page(1))}.\n")
     if options.reset is not None:
         kept = reset(folder, options.reset)
-        print(f"{_shown(folder / file_name(options.reset))} is new; your file is kept as {_shown(kept)}")
+        print(f"{shown(folder / file_name(options.reset))} is new; your file is kept as {shown(kept)}")
         return 0
     if options.solution is not None:
         return _show_solution(options.solution)
@@ -57,15 +58,13 @@ def _show_solution(step: int) -> int:
 def _watch(folder: Path, steps: range | list[int]) -> int:
     """Runs the checks after every change of a file, until Ctrl-C."""
     seen = None
-    while True:
-        now = {path: path.stat().st_mtime_ns for path in folder.glob("step*.py")}
-        if now != seen:
-            seen = now
-            print("\n" + "-" * 72)
-            run(folder, steps)
-            print("\nWaiting for a file to be saved; Ctrl-C stops.", flush=True)
-        time.sleep(0.3)
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    with contextlib.suppress(KeyboardInterrupt):
+        while True:
+            now = {path: path.stat().st_mtime_ns for path in folder.glob("step*.py")}
+            if now != seen:
+                seen = now
+                print("\n" + "-" * 72)
+                run(folder, steps)
+                print("\nWaiting for a file to be saved; Ctrl-C stops.", flush=True)
+            time.sleep(0.3)
+    return 0

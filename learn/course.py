@@ -115,3 +115,8 @@ def load(folder: Path, step: int) -> ModuleType:
 def folder_of(module: ModuleType) -> Path:
     """The folder that a module returned by `load` is in."""
     return Path(str(module.__file__)).parent
+
+
+def shown(path: Path) -> str:
+    """The path as a user would type it: relative if it is in the current folder."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

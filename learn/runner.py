@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from learn.course import BONUS, HERE, LAST, file_name, hint, load, page, title
+from learn.course import BONUS, HERE, LAST, file_name, hint, load, page, shown, title
 from learn.oracle import CheckError
 from lora.storage import write_atomically
 
@@ -73,7 +73,7 @@ def run(folder: Path, steps: Iterable[int], say: Callable[[str], Any] = print) -
         key = _digest(folder, step)
         if len(steps) > 1 and state["passed"].get(str(step)) == key:
             continue
-        say(f"{title(step)}   ({_shown(page(step))})")
+        say(f"{title(step)}   ({shown(page(step))})")
         started = time.perf_counter()
         result = check_step(folder, step)
         for sentence, note in result.passed:
@@ -94,11 +94,11 @@ def run(folder: Path, steps: Iterable[int], say: Callable[[str], Any] = print) -
         say(textwrap.indent(result.message, " " * 8))
         if failures >= 2:
             say(_wrapped("  hint  ", hint(step)))
-        say(f"\n{_progress(state)} Your file: {_shown(folder / file_name(step))}")
+        say(f"\n{_progress(state)} Your file: {shown(folder / file_name(step))}")
         return False
     say(_progress(state))
     if state["passed"].keys() >= {str(step) for step in range(1, LAST + 1)}:
-        say(f"All steps are done. The bonus is `make learn STEP={BONUS}`, with {_shown(page(BONUS))}.")
+        say(f"All steps are done. The bonus is `make learn STEP={BONUS}`, with {shown(page(BONUS))}.")
     return True
 
 
@@ -108,12 +108,12 @@ def _explain(error: Exception, folder: Path) -> str:
         return str(error)
     lines = [str(error) if _is_task(error) else f"{type(error).__name__}: {error}"]
     if isinstance(error, SyntaxError) and error.filename:
-        lines.append(f"  {_shown(Path(error.filename))}:{error.lineno}: {(error.text or '').strip()}")
+        lines.append(f"  {shown(Path(error.filename))}:{error.lineno}: {(error.text or '').strip()}")
     frames = [
         each for each in traceback.extract_tb(error.__traceback__) if Path(each.filename).parent == folder
     ]
     for frame in frames[-3:]:  # of an endless recursion the last three are enough
-        lines.append(f"  {_shown(Path(frame.filename))}:{frame.lineno} in {frame.name}: {frame.line}")
+        lines.append(f"  {shown(Path(frame.filename))}:{frame.lineno} in {frame.name}: {frame.line}")
     return "\n".join(lines)
 
 
@@ -150,14 +150,10 @@ def _write_state(folder: Path, state: dict[str, Any]) -> None:
     write_atomically(folder / _STATE, (json.dumps(state) + "\n").encode())
 
 
-def _shown(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
-
-
 def _wrapped(start: str, text: str) -> str:
-    lines = [
-        line
-        for part in text.split("\n")
-        for line in (textwrap.wrap(part, _WIDTH - len(start), break_long_words=False) or [""])
-    ]
-    return start + ("\n" + " " * len(start)).join(lines)
+    """The text in lines below each other, after `start`. Indented paragraphs are code, which is not wrapped."""
+    lines = []
+    for paragraph in text.split("\n\n"):
+        code = paragraph.startswith("    ")
+        lines += ["", *(paragraph.split("\n") if code else textwrap.wrap(paragraph, _WIDTH - len(start)))]
+    return start + ("\n" + " " * len(start)).join(lines[1:])

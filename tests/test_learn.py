@@ -223,3 +223,22 @@ def test_other_roundings_are_accepted_and_another_accuracy_is_not(accuracy, done
     else:
         with pytest.raises(CheckError, match=r"(?s)expected  95.00%.*got       80.00%"):
             step11.compare(tmp_path / "step11.py", Recipe(), tmp_path)
+
+
+def test_watching_checks_again_after_a_change_until_ctrl_c(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cli, "WORK", tmp_path)
+    waits = []
+
+    def sleep(_):
+        waits.append(len(waits))
+        if waits[-1] == 1:
+            (tmp_path / course.file_name(1)).write_text(course.solution(1))
+        if waits[-1] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.time, "sleep", sleep)
+    assert cli.main(["--watch"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("Waiting for a file to be saved") == 2
+    assert "0 of 12 steps done" in out
+    assert "1 of 12 steps done" in out
