@@ -151,7 +151,7 @@ def _write_state(folder: Path, state: dict[str, Any]) -> None:
 
 
 def _wrapped(start: str, text: str) -> str:
-    """The text in lines below each other, after `start`. Indented paragraphs are code, which is not wrapped."""
+    """The text in lines below each other, after `start`. Indented paragraphs are code, and kept."""
     lines = []
     for paragraph in text.split("\n\n"):
         code = paragraph.startswith("    ")
