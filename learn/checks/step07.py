@@ -25,7 +25,8 @@ def make_layer(kind: Any, dtype: torch.dtype = torch.float32, lora_dropout: floa
 def _merged(layer: Any) -> Tensor:
     """W + scaling·B·A in float64."""
     W, A, B = (each.detach().double() for each in (layer.weight, layer.lora_A, layer.lora_B))
-    return W + SCALING * (B @ A)
+    merged: Tensor = W + SCALING * (B @ A)
+    return merged
 
 
 def check_float64(step: ModuleType) -> None:

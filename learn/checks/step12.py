@@ -103,7 +103,7 @@ def check_run(step: ModuleType) -> str:
     ]
     start = [(each.lora_A.detach().clone(), each.lora_B.detach().clone()) for each in layers]
     found = []
-    for rank in (recipe.r, 2, 1, 0):
+    for rank in (recipe.r, 1, 0):
         with torch.no_grad():
             for layer, (A, B) in zip(layers, start, strict=True):
                 thin_A, thin_B = (each.to(A) for each in step.cut(A, B, rank))
