@@ -9,9 +9,11 @@ INSTALL_DATA := $(INSTALL) --no-deps --require-hashes -r requirements-data.txt
 RECIPE ?= quickstart
 ARGS ?=
 NPROC ?=
+STEP ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train anatomy which test test-long soak test-peers lint format clean
+.PHONY: learn learn-watch learn-reset learn-solution learn-peft
 .PHONY: bench bench-merging bench-peers bench-original bench-accuracy
 
 help:  ## list the targets
@@ -37,6 +39,22 @@ which: $(VENV)/.run  ## which weights to adapt? six runs with an equal number of
 	  [ -f $$run/summary.json ] || $(RUN) -m train --output $$run $$([ -d $$run ] && echo --resume) \
 	    --set r=$$2 --set lora_alpha=$$((2 * $$2)) --set target_modules=$$3 $(ARGS) || exit; \
 	done
+
+# Exit code 1 means that a step is not done yet, which is not an error of make.
+learn: $(VENV)/.run  ## build LoRA yourself: check your steps (learn/README.md); STEP=7 checks one
+	@$(RUN) -m learn $(if $(STEP),--step $(STEP)) || [ $$? -eq 1 ]
+
+learn-watch: $(VENV)/.run  ## the same, again whenever you save a file
+	@$(RUN) -m learn --watch $(if $(STEP),--step $(STEP))
+
+learn-reset: $(VENV)/.run  ## start a step again, STEP=7; your file is kept
+	@$(RUN) -m learn --reset $(or $(STEP),$(error which step? For example: make learn-reset STEP=7))
+
+learn-solution: $(VENV)/.run  ## show our solution of a step, STEP=7, after asking
+	@$(RUN) -m learn --solution $(or $(STEP),$(error which step? For example: make learn-solution STEP=7))
+
+learn-peft: $(PEERS)/.run  ## step 10 of the course, with PEFT reading your file
+	@$(PEERS)/bin/python -m learn --step 10 || [ $$? -eq 1 ]
 
 test: $(VENV)/.dev  ## run the tests
 	$(RUN) -m pytest $(ARGS)

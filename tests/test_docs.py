@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from bench.readme import PAGES, RESULTS, names, rewritten
+from learn.figures import FIGURES
 from lora import LoRALinear
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = [
-    *PAGES,
-    *(ROOT / page for page in ("train/README.md", "bench/NOTES.md", "lora/variants/README.md")),
-]
+COURSE = sorted((ROOT / "learn" / "pages").glob("*.md"))
+NOTES = ("train/README.md", "bench/NOTES.md", "lora/variants/README.md", "learn/README.md")
+DOCUMENTS = [*PAGES, *(ROOT / page for page in NOTES), *COURSE]
 README, BENCH = PAGES
 _MARKED = re.compile(r"<!-- bench:\S+ -->.*?<!-- /bench -->", re.DOTALL)
 
@@ -25,6 +25,16 @@ pages = pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.rel
 
 def test_the_readme_is_short():
     assert len(README.read_bytes()) <= 12_288
+
+
+@pytest.mark.parametrize("page", COURSE, ids=lambda page: page.stem)
+def test_a_page_of_the_course_is_short(page):
+    assert len(page.read_text().splitlines()) <= 120
+
+
+def test_the_course_shows_every_figure_it_draws():
+    shown = {name for page in COURSE for name in re.findall(r"\(\.\./figures/(\w+)\.png\)", page.read_text())}
+    assert shown == set(FIGURES) == {path.stem for path in (ROOT / "learn" / "figures").glob("*.png")}
 
 
 def test_the_printed_formula_is_the_source_of_forward():

@@ -11,6 +11,8 @@ import torch
 from conftest import randomise_adapter
 from conftest import tiny_roberta as wild_roberta
 
+from learn import course
+from learn.runner import check_step
 from lora import AdapterError, LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 from lora.adapted import lora_layers
 from lora.files import CONFIG_FILE, TENSOR_FILE
@@ -286,3 +288,10 @@ def test_unmerging_in_peft_drifts_and_here_it_does_not(tmp_path, input_ids):
         merge(ours)
         unmerge(ours)
     assert torch.equal(weight, before)
+
+
+def test_peft_reads_what_step_10_of_the_course_writes(tmp_path):
+    (tmp_path / course.file_name(10)).write_text(course.solution(10))
+    result = check_step(tmp_path, 10)
+    assert result.done, result.message
+    assert result.passed[-1][1].startswith("peft ")
