@@ -319,6 +319,82 @@ def test_ablations_work_where_the_update_has_low_rank_and_are_refused_elsewhere(
     assert all(torch.equal(tensor, before[key]) for key, tensor in adapted.state_dict().items())
 
 
+# --- what each variant is -----------------------------------------------------------------------------
+
+
+def layer_of(variant: str, **settings) -> LoRALinear:
+    """A layer with a float64 weight (20, 12)."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"query": nn.Linear(12, 20)}).double()
+    inject(model, config_of(variant, target_modules=("query",), modules_to_save=(), **settings))
+    return model["query"]
+
+
+def test_the_gradient_of_dora_takes_the_norm_for_a_constant():
+    layer, x = layer_of("dora"), torch.randn(5, 12, dtype=torch.float64)
+    with torch.no_grad():
+        layer.lora_B.normal_()
+        layer.lora_magnitude_vector.mul_(1.3)
+    parameters = [layer.lora_A, layer.lora_B, layer.lora_magnitude_vector]
+    weight = layer.weight + 2 * layer.lora_B @ layer.lora_A
+    norm = weight.norm(dim=1)
+    direct = F.linear(x, weight * (layer.lora_magnitude_vector / norm.detach())[:, None], layer.bias)
+    upstream = torch.randn_like(direct)
+    wanted = torch.autograd.grad(direct, parameters, upstream)
+    for got, expected in zip(torch.autograd.grad(layer(x), parameters, upstream), wanted, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)  # float64
+
+
+def test_dora_sees_changes_of_magnitude_that_bfloat16_has_no_number_for():
+    """Below 1 + 2⁻⁸ the factor itself is 1 in bfloat16; its distance from 1 is not."""
+    layer = layer_of("dora").float()
+    x = torch.randn(400, 12)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        h = (layer(x) - layer.bias).double()
+        layer.lora_magnitude_vector.mul_(1.003)
+        factor = ((layer(x) - layer.bias).double() * h).sum() / (h * h).sum()
+    assert factor == pytest.approx(1.003, abs=5e-4)  # 8,000 roundings of 2⁻⁹, which average out
+
+
+def test_a_row_of_zeros_has_no_direction_and_stays_finite():
+    layer = layer_of("dora")
+    with torch.no_grad():
+        layer.weight[3] = 0
+    fresh = type(layer)(layer.to_linear(), r=2, lora_alpha=2)
+    x = torch.randn(5, 12, dtype=torch.float64)
+    assert torch.equal(fresh(x), F.linear(x, layer.weight, layer.bias))
+    assert torch.equal(fresh.merged_weight()[3], torch.zeros(12, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(("variant", "part"), [("pissa", slice(4)), ("milora", slice(8, 12))])
+def test_pissa_and_milora_start_at_the_two_ends_of_the_spectrum(variant, part):
+    layer = layer_of(variant)
+    U, S, Vh = (
+        torch.from_numpy(each) for each in np.linalg.svd(layer.weight.detach().numpy(), full_matrices=False)
+    )
+    start = layer.scaling * layer.lora_B.detach() @ layer.lora_A.detach()
+    torch.testing.assert_close(start, (U[:, part] * S[part]) @ Vh[part], rtol=0, atol=1e-12)  # float64
+    balanced = layer.lora_A.detach().norm(dim=1), layer.lora_B.detach().norm(dim=0)
+    torch.testing.assert_close(*balanced, rtol=1e-12, atol=0)  # each has the root of a singular value
+    assert not layer.delta_weight().any()
+    with pytest.raises(ValueError, match="r: 13 is more than the rank 12"):
+        layer_of(variant, r=13)
+
+
+def test_the_layers_of_vera_share_one_pair_also_after_a_copy_and_a_move(input_ids, tmp_path):
+    model = tiny_roberta()
+    inject(model, config_of("vera", target_modules=("query", "output.dense")))
+    save_adapter(model, tmp_path, base="tiny")
+    loaded = tiny_roberta()
+    load_adapter(loaded, tmp_path)
+    for each in (model, copy.deepcopy(model), copy.deepcopy(model).to(torch.bfloat16), loaded):
+        pairs = {layer.projection for layer in lora_layers(each).values()}
+        (pair,) = pairs
+        assert pair.vera_A.shape == (4, 64)
+        assert pair.vera_B.shape == (32, 4)
+        assert not any("projection" in key for key in each.state_dict())
+
+
 def eva_batches(input_ids):
     """Two batches, the second of other texts and partly padding."""
     mask = torch.ones_like(input_ids)
