@@ -56,8 +56,8 @@ learn-solution: $(VENV)/.run  ## show our solution of a step, STEP=7, after aski
 learn-peft: $(PEERS)/.run  ## step 10 of the course, with PEFT reading your file
 	@$(PEERS)/bin/python -m learn --step 10 || [ $$? -eq 1 ]
 
-test: $(VENV)/.dev  ## run the tests
-	$(RUN) -m pytest $(ARGS)
+test: $(VENV)/.dev  ## run the tests, one process per core
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
 test-long: $(VENV)/.dev  ## the state machine of adapters with 2,000 random sequences
 	MACHINE_EXAMPLES=2000 $(RUN) -m pytest tests/test_machine.py $(ARGS)
