@@ -175,7 +175,10 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         )
         layer = layer_class(config)
         if hasattr(layer, "from_plain"):
-            tensors = layer.from_plain(tensors)
+            try:
+                tensors = layer.from_plain(tensors)
+            except IndexError as error:  # a tensor of another shape, with a digest that matches it
+                raise AdapterError(f"{path}: damaged: {error}") from error
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.dtype not in (*FLOATS, torch.float64):
             raise AdapterError(f"{path}: {name} is {tensor.dtype}, which is not supported")

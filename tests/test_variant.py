@@ -35,8 +35,9 @@ from lora.ablate import scaled, truncated
 from lora.adapted import has_low_rank, lora_layers
 from lora.anatomy import principal_angles, svd
 from lora.fast import FastLinear, fuse
-from lora.files import CONFIG_FILE, TENSOR_FILE
+from lora.files import CONFIG_FILE, TENSOR_FILE, _from_peft_key, _to_peft_key
 from lora.inject import VARIANTS, layer_class
+from lora.storage import read_tensors, write_tensors
 from lora.variants.eva import EVALinear, inject_eva
 from lora.variants.lora_plus import parameter_groups
 from model import load_base, speed_up
@@ -284,6 +285,18 @@ def test_damaged_files_are_caught_or_harmless(adapted, input_ids, tmp_path):
             assert torch.equal(target(input_ids).logits, wanted)
             target = tiny_roberta()
     assert caught > 40  # the damage is real
+
+
+def test_a_folder_of_pissa_with_a_tensor_of_another_shape_is_an_error(tmp_path):
+    model = tiny_roberta()
+    inject(model, config_of("pissa"))
+    save_adapter(model, tmp_path, base="tiny")
+    tensors, note = read_tensors(tmp_path / TENSOR_FILE, "lora", _from_peft_key)
+    for change in (lambda B: B.sum(), lambda B: B[:, :-1], lambda B: B[0]):
+        changed = {key: change(tensor) if "lora_B" in key else tensor for key, tensor in tensors.items()}
+        write_tensors(tmp_path / TENSOR_FILE, changed, "lora", note, _to_peft_key)
+        with pytest.raises(AdapterError, match="lora_B is|start_B is|damaged"):
+            load_adapter(tiny_roberta(), tmp_path)
 
 
 def test_a_variant_with_a_missing_tensor_in_its_folder_is_an_error(config, tmp_path):

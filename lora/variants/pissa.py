@@ -92,11 +92,12 @@ class PiSSALinear(LoRALinear):
     @staticmethod
     def to_plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """A folder's tensors, with [A; A₀] as lora_A and [B, -B₀] as lora_B."""
-        plain = dict(tensors)
-        for name in [name.removesuffix("start_A") for name in tensors if name.endswith(".start_A")]:
-            A0, B0 = plain.pop(f"{name}start_A"), plain.pop(f"{name}start_B")
-            plain[f"{name}lora_A"] = torch.cat([plain[f"{name}lora_A"], A0])
-            plain[f"{name}lora_B"] = torch.cat([plain[f"{name}lora_B"], -B0], dim=1)
+        plain = {name: tensor for name, tensor in tensors.items() if ".start_" not in name}
+        for name in plain:
+            if name.endswith(".lora_A"):
+                plain[name] = torch.cat([plain[name], tensors[name.replace(".lora_", ".start_")]])
+            if name.endswith(".lora_B"):
+                plain[name] = torch.cat([plain[name], -tensors[name.replace(".lora_", ".start_")]], dim=1)
         return plain
 
     @staticmethod
@@ -105,10 +106,11 @@ class PiSSALinear(LoRALinear):
         found = dict(tensors)
         for name, tensor in tensors.items():
             if name.endswith(".lora_A"):
-                found[name], found[f"{name[:-6]}start_A"] = (half.clone() for half in tensor.chunk(2))
+                r = tensor.shape[0] // 2
+                found[name], found[name.replace(".lora_", ".start_")] = tensor[:r], tensor[r:]
             if name.endswith(".lora_B"):
-                B, minus_B0 = tensor.chunk(2, dim=1)
-                found[name], found[f"{name[:-6]}start_B"] = B.clone(), -minus_B0
+                r = tensor.shape[-1] // 2
+                found[name], found[name.replace(".lora_", ".start_")] = tensor[:, :r], -tensor[:, r:]
         return found
 
 
