@@ -53,7 +53,7 @@ def _train(options: argparse.Namespace) -> int:
     changes |= {key: value for key in ("model", "data") if (value := getattr(options, key)) is not None}
     own = options.resume and options.recipe is None and not changes and options.output is not None
     if own and (options.output / CONFIG).is_file():
-        name, recipe = recipe_name(options.output), run_recipe(options.output)
+        recipe, name = run_recipe(options.output), recipe_name(options.output)
     else:
         name, recipe = load_recipe(options.recipe or "quickstart", changes)
     keep_freed_memory()

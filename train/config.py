@@ -89,7 +89,7 @@ class Recipe:
         _in_range("learning_rate", self.learning_rate, 0, math.inf, above=True)
         _in_range("validation_fraction", self.validation_fraction, 0, 1, above=True, below=True)
         _in_range("max_length_tokens", self.max_length_tokens, 3, math.inf)  # start, one token, end
-        if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,3})?", self.device):
+        if not re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", self.device):
             raise RecipeError(f"device: {self.device!r} is not auto, cpu, cuda or cuda:N")
         try:
             self.lora_config()
@@ -123,6 +123,8 @@ def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> tuple[st
     try:
         if not (name in known or path.suffix == ".toml" or path.is_file()):
             raise RecipeError(f"recipe {name!r}: {_nearest(name, known)}")
+        if not path.stem.isprintable():  # a run records it in its config.toml
+            raise RecipeError(f"recipe {name!r}: its name has characters that cannot be printed; rename it")
         make_recipe(fields := tomllib.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise RecipeError(f"{reprlib.repr(name)}: {error.strerror}") from error

@@ -80,7 +80,10 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
         "recipe": recipe.to_toml(),
         "data": news.digest(),
         "base model": digest(dict(model.named_parameters()) | dict(model.named_buffers()), {}),
-        "config of the base model": json.dumps(config_fields(model), sort_keys=True),
+        # The fingerprint of an adapter omits dropout, and the recipe sets all dropout but this one.
+        "config of the base model": json.dumps(
+            {**config_fields(model), "classifier_dropout": model.config.classifier_dropout}, sort_keys=True
+        ),
         "tokenizer": tokenizer_digest(tokenizer),
         "precision": precision,
     }

@@ -36,26 +36,16 @@ CHECKPOINT = "checkpoint"
 PREDICTIONS = "test_predictions.csv"
 FIGURES = "figures"
 SUMMARY = "summary.json"
-SUMMARY_KEYS = {
-    "recipe",
-    "method",
-    "labels",
-    "test_accuracy",
-    "test_macro_f1",
-    "test_confusion_matrix",
-    "test_report",
-    "val_accuracy",
-    "best_epoch",
-    "epochs",
-    "lora_parameters",
-    "trainable_parameters",
-    "total_parameters",
-    "adapter_bytes",
-    "train_seconds",
-    "examples_per_second",
-    "padding_fraction",
-    "peak_memory_bytes",
+_NUMBER = int | float
+_SUMMARY_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("recipe", "method"), str),
+    **dict.fromkeys(("labels", "test_confusion_matrix", "test_report"), list),
+    **dict.fromkeys(("test_accuracy", "test_macro_f1", "val_accuracy"), _NUMBER),
+    **dict.fromkeys(("best_epoch", "epochs", "lora_parameters", "trainable_parameters"), int),
+    **dict.fromkeys(("total_parameters", "adapter_bytes", "peak_memory_bytes"), int),
+    **dict.fromkeys(("train_seconds", "examples_per_second", "padding_fraction"), _NUMBER),
 }  # what the text at the end of a run needs
+_REPORT_KINDS: dict[str, Any] = {"label": str, "f1": _NUMBER}  # a row of test_report
 _LOCK = ".lock"
 _NAME = "# recipe: "  # the first line of config.toml
 
@@ -81,13 +71,22 @@ def read_summary(folder: Path) -> dict[str, Any]:
     check_finished(folder)
     try:
         summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        if not (isinstance(summary, dict) and summary.keys() >= SUMMARY_KEYS):
-            raise ValueError("some keys are missing")
-    except (ValueError, RecursionError) as error:
+        _check_kinds(summary, _SUMMARY_KINDS)
+        for row in summary["test_report"]:
+            _check_kinds(row, _REPORT_KINDS)
+        if not (summary["test_report"] and sum(map(sum, summary["test_confusion_matrix"]))):
+            raise ValueError("the scores are empty")
+    except (ValueError, TypeError, RecursionError) as error:
         raise RunError(
             f"{folder / SUMMARY}: damaged: {error}; remove it, and `{resume_command(folder)}` writes it again"
         ) from error
     return summary
+
+
+def _check_kinds(found: Any, kinds: dict[str, Any]) -> None:
+    for key, kind in kinds.items():
+        if not (isinstance(found, dict) and isinstance(found.get(key), kind)):
+            raise ValueError(f"{key} is missing or of another type")
 
 
 def check_finished(folder: Path) -> None:
