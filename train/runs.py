@@ -70,17 +70,25 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """The summary of the finished run in `folder`. Raises RunError."""
     check_finished(folder)
     try:
-        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+        text = (folder / SUMMARY).read_text(encoding="utf-8")
+        summary: dict[str, Any] = json.loads(text, parse_constant=_refuse_constant)
         _check_kinds(summary, _SUMMARY_KINDS)
         for row in summary["test_report"]:
             _check_kinds(row, _REPORT_KINDS)
-        if not (summary["test_report"] and sum(map(sum, summary["test_confusion_matrix"]))):
-            raise ValueError("the scores are empty")
+        confusion = summary["test_confusion_matrix"]
+        if not (sum(map(sum, confusion)) and len(summary["labels"]) == len(confusion)):
+            raise ValueError("its scores are not those of its labels")
+        if summary["labels"] != [row["label"] for row in summary["test_report"]]:
+            raise ValueError("its report is not that of its labels")
     except (ValueError, TypeError, RecursionError) as error:
         raise RunError(
             f"{folder / SUMMARY}: damaged: {error}; remove it, and `{resume_command(folder)}` writes it again"
         ) from error
     return summary
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
 
 
 def _check_kinds(found: Any, kinds: dict[str, Any]) -> None:
