@@ -64,6 +64,8 @@ def load_base(
         "label2id": {label: index for index, label in enumerate(names)},
         "hidden_dropout_prob": dropout,
         "attention_probs_dropout_prob": dropout,
+        "return_dict": True,
+        "chunk_size_feed_forward": 0,  # would round differently
     }
     with _seeded(seed), _quiet_transformers():
         if name == EMBEDDED:

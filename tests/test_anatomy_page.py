@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -263,6 +264,26 @@ def test_the_command_reports_what_is_wrong(runs, recipe, tmp_path, capsys, monke
     assert error.startswith("error: ")
     assert message in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("value", [5, [1.0]])
+def test_damaged_telemetry_is_an_error(runs, tmp_path, capsys, value):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "run", run, ignore=shutil.ignore_patterns("anatomy"))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps({**line, "delta_over_weight": value}) + "\n" for line in lines)
+    (run / "metrics.jsonl").write_text(text)
+    assert command.main([str(run), "--matrix-only"]) == 2
+    assert "metrics.jsonl: damaged: delta_over_weight is not one number" in capsys.readouterr().err
+
+
+def test_data_with_other_classes_than_the_models_is_not_analysed(runs, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "run", run, ignore=shutil.ignore_patterns("anatomy"))
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(re.sub("^data = .*$", 'data = "bbc"', text, flags=re.MULTILINE))
+    assert command.main([str(run)]) == 0
+    assert "bbc: its classes are business, entertainment" in capsys.readouterr().err
 
 
 def test_the_newest_run_is_the_one_that_finished_last(runs, tmp_path, monkeypatch, capsys):

@@ -21,6 +21,7 @@ from lora import AdapterError, LoraConfig, inject, load_adapter, read_adapter, s
 from lora.files import CONFIG_FILE, TENSOR_FILE
 from lora.peft_format import from_peft
 from lora.storage import digest
+from model import load_base
 from model.minilm import minilm_tokenizer
 from train import export, predict
 from train.batches import encode
@@ -33,7 +34,7 @@ from train.metrics import Scores
 from train.run_figures import draw_all
 from train.runs import RunError, run_recipe
 from train.signals import InterruptedRunError
-from train.trained import load_trained
+from train.trained import Trained, load_trained
 
 ROOT = Path(__file__).parent.parent
 
@@ -363,6 +364,25 @@ def _drop_merge(base, _data):
     (base / "merges.txt").write_text("\n".join(lines[:-1]) + "\n")
 
 
+def test_a_base_with_other_settings_of_its_interface_loads_as_usual(hub_folder, tmp_path):
+    """Tuples in place of outputs, chunks that round differently, padding that moves the first token."""
+    base = shutil.copytree(hub_folder, tmp_path / "base")
+    _set_config(return_dict=False, chunk_size_feed_forward=2)(base, None)
+    (base / "tokenizer_config.json").write_text(json.dumps({"padding_side": "left"}))
+    texts = ["the striker scored twice", "rates"]
+    expected, found = (
+        predict._probabilities(
+            Trained(*load_base(str(folder), 3), ("a", "b", "c"), 16), texts, torch.device("cpu"), "fp32"
+        )
+        for folder in (hub_folder, base)
+    )
+    assert torch.equal(found, expected)
+
+
+def _truncate_left(base, _data):
+    (base / "tokenizer_config.json").write_text(json.dumps({"truncation_side": "left"}))
+
+
 def _change_weight(name):
     def change(base, _data):
         tensors = safetensors.torch.load_file(base / "model.safetensors")
@@ -379,6 +399,8 @@ def _change_weight(name):
         (_set_config(num_attention_heads=4), "config of the base model"),
         (_set_config(layer_norm_eps=1e-3), "config of the base model"),
         (_set_config(hidden_act="relu"), "config of the base model"),
+        (_set_config(classifier_dropout=0.5), "config of the base model"),
+        (_truncate_left, "tokenizer"),
         (_swap_words, "tokenizer"),
         (_drop_merge, "tokenizer"),
         (_change_weight("word_embeddings.weight"), "base model"),
@@ -387,14 +409,16 @@ def _change_weight(name):
     ],
 )
 def test_another_base_is_not_resumed(stopped, tmp_path, change, message):
-    for name in ("base", "run"):
-        shutil.copytree(stopped / name, tmp_path / name)
-    text = (tmp_path / "run" / "config.toml").read_text().replace(str(stopped), str(tmp_path))
-    (tmp_path / "run" / "config.toml").write_text(text)
-    change(tmp_path / "base", None)
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    shutil.copytree(stopped / "base", tmp_path / "kept")
     recipe = run_recipe(tmp_path / "run")
-    with pytest.raises(CheckpointError, match=f"the recipe|{message} differs from that of the checkpoint"):
-        run_job("tiny", recipe, tmp_path / "run", resume=True)
+    change(stopped / "base", None)  # in place, because the recipe contains the path
+    try:
+        with pytest.raises(CheckpointError, match=f"the {message} differs from that of the checkpoint"):
+            run_job("tiny", recipe, tmp_path / "run", resume=True)
+    finally:
+        shutil.rmtree(stopped / "base")
+        shutil.copytree(tmp_path / "kept", stopped / "base")
 
 
 @pytest.mark.parametrize("damage", ["newline", "digit", "number"])
@@ -442,14 +466,23 @@ def test_an_emoji_in_a_path_survives_in_the_recipe(recipe, tmp_path):
     assert load_trained(tmp_path / "run")
 
 
-def test_an_export_that_fails_leaves_nothing_and_can_be_repeated(run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ("transformers.PreTrainedModel", safetensors.SafetensorError),
+        ("transformers.PreTrainedTokenizerBase", Exception),  # what tokenizers raises
+    ],
+)
+def test_an_export_that_fails_leaves_nothing_and_can_be_repeated(
+    run, tmp_path, monkeypatch, capsys, part, kind
+):
     with monkeypatch.context() as patch:
 
         def full(self, folder, **_):
             (Path(folder) / "model.safetensors").write_bytes(b"part")
-            raise safetensors.SafetensorError("I/O error: No space left on device")
+            raise kind("I/O error: No space left on device")
 
-        patch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+        patch.setattr(f"{part}.save_pretrained", full)
         assert export.main([str(run), str(tmp_path / "out")]) == 2
     assert "No space left" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -469,12 +502,24 @@ def _umask():
         ("summary.json", "{}", "summary.json: damaged"),
         ("summary.json", "[" * 100_000, "summary.json: damaged"),
         ("summary.json", "1", "summary.json: damaged"),
+        ("summary.json", {"test_accuracy": None}, "summary.json: damaged: test_accuracy is"),
+        ("summary.json", {"test_report": [{"label": "a"}]}, "summary.json: damaged: f1 is"),
+        ("summary.json", {"test_confusion_matrix": [1]}, "summary.json: damaged"),
+        ("summary.json", {"test_report": []}, "summary.json: damaged: its report is not"),
+        ("summary.json", {"labels": []}, "summary.json: damaged: its scores are not"),
+        ("summary.json", {"train_seconds": float("inf")}, "summary.json: damaged: Infinity is not"),
         ("config.toml", "x = " + "[" * 50_000, "config.toml"),
+        ("config.toml", b"# recipe: \xff\n", "config.toml"),
     ],
 )
 def test_damaged_run_folders_are_errors(run, recipe, tmp_path, capsys, name, text, message):
     shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / name).write_text(text)
+    path = tmp_path / "run" / name
+    if isinstance(text, dict):
+        text = json.dumps({**json.loads(path.read_text()), **text})
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert main(["--resume", "--output", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
     with pytest.raises(RunError, match=message):
         run_job("tiny", recipe, tmp_path / "run", resume=True)
 
@@ -483,7 +528,7 @@ def test_damaged_run_folders_are_errors(run, recipe, tmp_path, capsys, name, tex
     "setting",
     [
         "device=7", "device=cuda:٣", "lora_alpha=1e308", "learning_rate=" + "9" * 400, "epochs=" + "9" * 400,
-        "seed=" + "9" * 5000, "r=" + "[" * 50_000, "r=99999",
+        "device=cuda:00", "seed=" + "9" * 5000, "r=" + "[" * 50_000, "r=99999",
         "target_modules=" + json.dumps("a{99999999999999999999}"),
         "batch_size=" + "9" * 30, "lora_alpha=" + "9" * 400, "model=\udcff",
     ],
@@ -494,6 +539,14 @@ def test_flags_out_of_range_are_one_short_message(setting, tmp_path, capsys):
     assert error.startswith("error: ")
     assert len(error.encode(errors="replace")) < 600
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("name", ["a\nb", "\x01", "\udcff"])
+def test_a_recipe_name_that_config_toml_cannot_record_is_an_error(recipe, tmp_path, name):
+    path = tmp_path / f"{name}.toml"
+    path.write_text(recipe.to_toml())
+    with pytest.raises(RecipeError, match="characters that cannot be printed; rename it"):
+        load_recipe(str(path))
 
 
 def test_a_recipe_name_of_300_characters_is_an_error():

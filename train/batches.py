@@ -104,6 +104,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """The SHA-256 of everything that determines how the tokenizer divides and numbers a text."""
     rules = json.loads(tokenizer.backend_tokenizer.to_str())
     rules.update(truncation=None, padding=None)  # the tokenizer keeps those of its last call
+    defaults = {"truncation_side": "right", "split_special_tokens": False}  # not among the backend's rules
+    rules |= {key: side for key, usual in defaults.items() if (side := getattr(tokenizer, key)) != usual}
     return hashlib.sha256(json.dumps(rules, sort_keys=True).encode()).hexdigest()
 
 

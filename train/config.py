@@ -129,7 +129,7 @@ class Recipe:
         _in_range("loraplus_lr_ratio", self.loraplus_lr_ratio, 1, math.inf)
         _in_range("validation_fraction", self.validation_fraction, 0, 1, above=True, below=True)
         _in_range("max_length_tokens", self.max_length_tokens, 3, math.inf)  # start, one token, end
-        if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,3})?", self.device):
+        if not re.fullmatch("auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?", self.device):
             raise RecipeError(f"device: {self.device!r} is not auto, cpu, cuda or cuda:N")
         try:
             self.lora_config()
@@ -185,6 +185,8 @@ def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> tuple[st
     """
     known = sorted(file.stem for file in RECIPES.glob("*.toml"))
     path = RECIPES / f"{name}.toml" if name in known else Path(name)
+    if not path.stem.isprintable():  # a run records it in its config.toml
+        raise RecipeError(f"recipe {name!r}: its name has characters that cannot be printed; rename it")
     try:
         named = name in known or path.suffix == ".toml" or path.is_file()
         fields = tomllib.loads(path.read_text(encoding="utf-8")) if named else None

@@ -8,8 +8,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import safetensors
-
 from lora import eject
 from lora.adapted import has_adapter
 from train.command import CommandParser, run_command
@@ -57,7 +55,7 @@ def export(run: Path, folder: Path) -> None:
         trained.tokenizer.save_pretrained(unfinished)
         unfinished.chmod(0o777 & ~_umask())  # mkdtemp creates 0700
         unfinished.replace(folder)
-    except safetensors.SafetensorError as error:
+    except Exception as error:  # safetensors and tokenizers raise types of their own on a full disk
         raise RunError(f"{folder}: not written: {error}") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -86,7 +86,10 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
         "recipe": recorded.to_toml(),
         "data": news.digest(),
         "base model": digest(base_tensors(model), {}),
-        "config of the base model": json.dumps(config_fields(model), sort_keys=True),
+        # The fingerprint of an adapter omits dropout, and the recipe sets all dropout but this one.
+        "config of the base model": json.dumps(
+            {**config_fields(model), "classifier_dropout": model.config.classifier_dropout}, sort_keys=True
+        ),
         "tokenizer": tokenizer_digest(tokenizer),
         "precision": precision,
     }

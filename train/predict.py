@@ -93,8 +93,9 @@ def _probabilities(trained: Trained, texts: list[str], device: torch.device, pre
     if not texts:
         return torch.empty(0, len(trained.labels))
     encoded = trained.tokenizer(
-        texts, truncation=True, max_length=trained.max_length_tokens, padding=True, return_tensors="pt"
-    ).to(device)
+        texts, truncation=True, max_length=trained.max_length_tokens, padding=True, padding_side="right",
+        return_tensors="pt",
+    ).to(device)  # fmt: skip
     with autocast(device, precision):
         logits = trained.model(
             input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"]

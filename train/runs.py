@@ -16,8 +16,6 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import math
-import reprlib
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -38,27 +36,16 @@ CHECKPOINT = "checkpoint"
 PREDICTIONS = "test_predictions.csv"
 FIGURES = "figures"
 SUMMARY = "summary.json"
-_NUMBER = (int, float)
-SUMMARY_KEYS: dict[str, type | tuple[type, ...]] = {
-    "recipe": str,
-    "method": str,
-    "labels": list,
-    "test_accuracy": _NUMBER,
-    "test_macro_f1": _NUMBER,
-    "test_confusion_matrix": list,
-    "test_report": list,
-    "val_accuracy": _NUMBER,
-    "best_epoch": int,
-    "epochs": int,
-    "lora_parameters": int,
-    "trainable_parameters": int,
-    "total_parameters": int,
-    "adapter_bytes": int,
-    "train_seconds": _NUMBER,
-    "examples_per_second": _NUMBER,
-    "padding_fraction": _NUMBER,
-    "peak_memory_bytes": int,
-}  # what the text at the end of a run and comparisons need
+_NUMBER = int | float
+_SUMMARY_KINDS: dict[str, Any] = {
+    **dict.fromkeys(("recipe", "method"), str),
+    **dict.fromkeys(("labels", "test_confusion_matrix", "test_report"), list),
+    **dict.fromkeys(("test_accuracy", "test_macro_f1", "val_accuracy"), _NUMBER),
+    **dict.fromkeys(("best_epoch", "epochs", "lora_parameters", "trainable_parameters"), int),
+    **dict.fromkeys(("total_parameters", "adapter_bytes", "peak_memory_bytes"), int),
+    **dict.fromkeys(("train_seconds", "examples_per_second", "padding_fraction"), _NUMBER),
+}  # what the text at the end of a run needs
+_REPORT_KINDS: dict[str, Any] = {"label": str, "f1": _NUMBER}  # a row of test_report
 _LOCK = ".lock"
 _NAME = "# recipe: "  # the first line of config.toml
 
@@ -83,18 +70,31 @@ def read_summary(folder: Path) -> dict[str, Any]:
     """The summary of the finished run in `folder`. Raises RunError."""
     check_finished(folder)
     try:
-        summary: dict[str, Any] = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
-        if not (isinstance(summary, dict) and summary.keys() >= SUMMARY_KEYS.keys()):
-            raise ValueError("some keys are missing")
-        for key, kind in SUMMARY_KEYS.items():
-            value = summary[key]
-            if not isinstance(value, kind) or (isinstance(value, float) and not math.isfinite(value)):
-                raise ValueError(f"{key} is {reprlib.repr(value)}")
-    except (ValueError, RecursionError) as error:
+        text = (folder / SUMMARY).read_text(encoding="utf-8")
+        summary: dict[str, Any] = json.loads(text, parse_constant=_refuse_constant)
+        _check_kinds(summary, _SUMMARY_KINDS)
+        for row in summary["test_report"]:
+            _check_kinds(row, _REPORT_KINDS)
+        confusion = summary["test_confusion_matrix"]
+        if not (sum(map(sum, confusion)) and len(summary["labels"]) == len(confusion)):
+            raise ValueError("its scores are not those of its labels")
+        if summary["labels"] != [row["label"] for row in summary["test_report"]]:
+            raise ValueError("its report is not that of its labels")
+    except (ValueError, TypeError, RecursionError) as error:
         raise RunError(
             f"{folder / SUMMARY}: damaged: {error}; remove it, and `{resume_command(folder)}` writes it again"
         ) from error
     return summary
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number")
+
+
+def _check_kinds(found: Any, kinds: dict[str, Any]) -> None:
+    for key, kind in kinds.items():
+        if not (isinstance(found, dict) and isinstance(found.get(key), kind)):
+            raise ValueError(f"{key} is missing or of another type")
 
 
 def check_finished(folder: Path) -> None:

@@ -59,10 +59,12 @@ class TestSet:
         if trained.tokenizer is None:
             raise RunError(f"{run.folder}: its base model comes without a tokenizer")
         device = resolve_device("auto")  # not the run's, which may be on another machine
-        split = load_news(recipe.data, recipe.validation_fraction, recipe.seed).test
-        rows = encode(split, trained.tokenizer, trained.max_length_tokens)
+        news = load_news(recipe.data, recipe.validation_fraction, recipe.seed)
+        if news.labels != trained.labels:
+            raise RunError(f"{recipe.data}: its classes are {', '.join(news.labels)}, not the model's")
+        rows = encode(news.test, trained.tokenizer, trained.max_length_tokens)
         return cls(
-            split=split,
+            split=news.test,
             rows=rows,
             tokenizer=trained.tokenizer,
             batch_size=2 * recipe.batch_size,
