@@ -6,6 +6,7 @@ taken through the same life without a change in `lora/`.
 
 import copy
 import dataclasses
+import os
 import random
 import shutil
 
@@ -84,6 +85,7 @@ SETTINGS: dict[str, tuple[dict, int]] = {
 }
 START = {"eva": {"init_lora_weights": "eva"}}  # then the layers are LoRALinear
 variants = pytest.mark.parametrize("variant", SETTINGS)
+CYCLES = int(os.environ.get("CYCLES", "20"))  # `make test-long` runs 1,000
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -231,7 +233,7 @@ def test_the_fast_class_has_the_values_and_gradients_of_the_formula(variant, dro
 
 @variants
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_thousand_cycles_give_back_every_bit(variant, dtype):
+def test_many_cycles_give_back_every_bit(variant, dtype):
     model = nn.ModuleDict({"query": nn.Linear(7, 5)}).to(dtype)
     weight = model["query"].weight
     with torch.no_grad():
@@ -247,8 +249,7 @@ def test_a_thousand_cycles_give_back_every_bit(variant, dtype):
         atol=torch.finfo(dtype).smallest_normal,
     )  # fmt: skip
     unmerge(model)
-    # The copy of W is restored alike in every dtype.
-    for _ in range(1000 if dtype == torch.bfloat16 else 50):
+    for _ in range(CYCLES):
         model["query"].merge()
         model["query"].unmerge()
     assert torch.equal(weight.detach().view(torch.uint8), before.view(torch.uint8))
@@ -390,7 +391,7 @@ def test_pissa_and_milora_start_at_the_two_ends_of_the_spectrum(variant, part):
     balanced = layer.lora_A.detach().norm(dim=1), layer.lora_B.detach().norm(dim=0)
     torch.testing.assert_close(*balanced, rtol=1e-12, atol=0)  # each has the root of a singular value
     assert not layer.delta_weight().any()
-    with pytest.raises(ValueError, match="r: 13 is more than the rank 12"):
+    with pytest.raises(ValueError, match="r: 13 is more than 12"):
         layer_of(variant, r=13)
 
 

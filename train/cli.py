@@ -60,7 +60,7 @@ def _train(options: argparse.Namespace, unknown: Sequence[str]) -> int:
     flags = {key: value for key, value in flags.items() if value is not None}
     own = options.output or Path("runs") / "quickstart"
     if options.resume and options.recipe is None and (own / CONFIG).is_file():
-        name, recipe = recipe_name(own), run_recipe(own)
+        recipe, name = run_recipe(own), recipe_name(own)
     else:
         name, recipe = load_recipe(options.recipe or "quickstart")
     recipe = recipe.changed(settings, "--set ").changed(flags, "--")
