@@ -89,7 +89,8 @@ def _measure(options: argparse.Namespace) -> int:
     results = {}
     failed = False
     for number, name in enumerate(names, 1):
-        print(f"part {number} of {len(names)}: {name}", file=sys.stderr)
+        if len(names) > 1:
+            print(f"part {number} of {len(names)}: {name}", file=sys.stderr)
         started = time.perf_counter()
         part = PARTS[name]
         result = {"part": name, "quick": options.quick, **environment, **_run(part, options)}
