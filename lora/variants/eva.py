@@ -80,14 +80,16 @@ def input_directions(
     grams: dict[str, Tensor] = {}
     mask: Tensor | None = None
 
-    def add(name: str, x: Tensor) -> None:
-        rows = x if mask is None or x.shape[:-1] != mask.shape else x[mask.bool()]
-        rows = rows.reshape(-1, x.shape[-1]).double()
+    def add(name: str, input: Tensor) -> None:
+        rows = input if mask is None or input.shape[:-1] != mask.shape else input[mask.bool()]
+        rows = rows.reshape(-1, input.shape[-1]).double()
         grams[name] = grams.get(name, 0) + rows.T @ rows
 
     modes = {module: module.training for module in model.modules()}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: add(name, *args, **kwargs), with_kwargs=True
+        )
         for name, layer in layers.items()
     ]
     try:
