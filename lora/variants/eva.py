@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from lora.config import LoraConfig
 from lora.inject import Injection, find_targets, inject
 from lora.linear import LoRALinear
-from lora.modules import lora_layers, modules_once
+from lora.modules import has_adapter, lora_layers, modules_once
 
 _MOST = 2  # no layer gets more than twice the rank that it would have without redistribution
 
@@ -41,8 +41,11 @@ def inject_eva(
     attention_mask of its batch (B, L) is 0 are left out. The model keeps the config with its new
     rank_pattern and alpha_pattern, and init_lora_weights = True.
 
-    Raises ValueError if there is no batch or an input is not finite, and as `inject` does.
+    Raises ValueError if a layer has no inputs or they are not finite, and as `inject` does. The model is then
+    unchanged.
     """
+    if has_adapter(model):
+        raise RuntimeError("the model has an adapter already; eject it first")
     names = [name for matched in find_targets(model, config).adapted.values() for name in matched]
     found = input_directions(model, modules_once(model, names), batches)
     settings = {name: config.for_layer(name) for name in found}
@@ -106,24 +109,26 @@ def input_directions(
     for name in layers:
         if name not in grams:
             raise ValueError(f"{name}: no batch has reached this layer, so it has no inputs to start from")
-        if not grams[name].isfinite().all():
+        gram = grams.pop(name)
+        if not gram.isfinite().all():
             raise ValueError(f"{name}: its inputs are not finite")
-        squares, vectors = torch.linalg.eigh(grams[name])  # ascending, vectors as columns
+        squares, vectors = torch.linalg.eigh(gram)  # ascending, vectors as columns
         squares = squares.flip(0).clamp(min=0)
         found[name] = (squares / squares.sum().clamp(min=torch.finfo(squares.dtype).tiny), vectors.T.flip(0))
     return found
 
 
 def distribute(shares: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, int]:
-    """The rank of each layer, with the same sum as `ranks`: the directions with the largest shares win.
+    """The rank of each layer, with the same sum as `ranks`, given to the directions with the largest shares.
 
     shares: of the inputs that each direction explains, descending. Each layer keeps one direction at least,
     and gets twice its rank at most.
     """
     most = {name: min(_MOST * ranks[name], len(shares[name])) for name in ranks}
-    rivals = [(-float(shares[name][i]), name) for name in ranks for i in range(1, most[name])]
+    candidates = [(-float(shares[name][i]), name) for name in ranks for i in range(1, most[name])]
     found = dict.fromkeys(ranks, 1)
-    for _, name in sorted(rivals, key=lambda rival: rival[0])[: sum(ranks.values()) - len(ranks)]:
+    candidates.sort(key=lambda candidate: candidate[0])  # stable, so that ties keep the order of the layers
+    for _, name in candidates[: sum(ranks.values()) - len(ranks)]:
         found[name] += 1
     return found
 
