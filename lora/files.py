@@ -157,8 +157,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         raise AdapterError(f"{path}: damaged: its note is not of this format")
     config, base = _read_config(folder / CONFIG_FILE)
     if note:
-        own = _own_config(note["config"], path)
-        expected = from_peft(to_peft(own, "", None))
+        own, expected = _own_config(note["config"], path)
         following = folder / _NEXT_CONFIG_FILE
         if config != expected and following.is_file():
             config, base = _read_config(following)
@@ -385,10 +384,11 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _own_config(fields: dict[str, Any], path: Path) -> LoraConfig:
-    """The config in a note. It has fields that adapter_config.json does not have, such as use_lora_fa."""
+def _own_config(fields: dict[str, Any], path: Path) -> tuple[LoraConfig, LoraConfig]:
+    """The config in a note, and what adapter_config.json holds of it, which may lack some of its fields."""
     try:
-        return LoraConfig(**fields)
+        config = LoraConfig(**fields)
+        return config, from_peft(to_peft(config, "", None))
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{path}: the config in its note: {error}") from error
 

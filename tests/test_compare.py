@@ -336,7 +336,7 @@ def edit(path, change):
         (
             lambda run: edit(run / SUMMARY, lambda text: text.replace("12.5", '"x"')),
             ["one", "two"],
-            "summary.json: damaged: train_seconds is 'x'",
+            "summary.json: damaged: train_seconds is missing or of another type",
         ),
         (
             lambda run: edit(run / SUMMARY, lambda text: re.sub(r'(matrix": \[\[).*?\]', r"\g<1>1]", text)),

@@ -204,10 +204,11 @@ def test_a_folder_written_before_a_setting_existed_loads(adapted, folder):
         del note["config"][name]
     write_tensors(folder / TENSOR_FILE, tensors, "lora", note, _to_peft_key)
     assert read_adapter(folder).config == adapted.lora_config
-    note["config"]["a_setting_of_tomorrow"] = 1
-    write_tensors(folder / TENSOR_FILE, tensors, "lora", note, _to_peft_key)
-    with pytest.raises(AdapterError, match="the config in its note: .*a_setting_of_tomorrow"):
-        read_adapter(folder)
+    for field, value in (("a_setting_of_tomorrow", 1), ("target_modules", "(a*)*"), ("r", 0)):
+        changed = {**note, "config": {**note["config"], field: value}}
+        write_tensors(folder / TENSOR_FILE, tensors, "lora", changed, _to_peft_key)
+        with pytest.raises(AdapterError, match=f"the config in its note: .*{field}"):
+            read_adapter(folder)
 
 
 def test_a_renamed_base_is_fine(folder):

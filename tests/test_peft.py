@@ -16,6 +16,7 @@ from learn.runner import check_step
 from lora import AdapterError, LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
 from lora.adapted import lora_layers
 from lora.files import CONFIG_FILE, TENSOR_FILE
+from lora.variants.eva import inject_eva
 
 peft = pytest.importorskip("peft")
 
@@ -268,6 +269,18 @@ def test_pissa_starts_as_pefts_and_its_folder_is_plain_lora_for_peft(use_rslora,
         plain = peft.PeftModel.from_pretrained(tiny_roberta(), str(tmp_path)).eval()
         assert plain.peft_config["default"].r == 8
         assert close(plain(input_ids).logits, wanted)
+
+
+@torch.no_grad()
+def test_peft_reads_the_ranks_that_eva_has_distributed(tmp_path, input_ids):
+    ours = tiny_roberta()
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=tuple(BOTH_SHAPES), init_lora_weights="eva")
+    inject_eva(ours, config, [{"input_ids": input_ids}])
+    assert len({layer.r for layer in lora_layers(ours).values()}) > 1
+    randomise_adapter(ours)
+    save_adapter(ours, tmp_path, base="tiny")
+    theirs = peft.PeftModel.from_pretrained(tiny_roberta(), str(tmp_path)).eval()
+    assert close(theirs(input_ids).logits, ours(input_ids).logits)
 
 
 @torch.no_grad()

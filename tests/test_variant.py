@@ -469,6 +469,9 @@ def test_eva_needs_batches_and_says_so(input_ids):
         inject_eva(model, config_of("eva"), eva_batches(input_ids))
     assert not any(isinstance(module, LoRALinear) for module in model.modules())
     assert not any(module._forward_pre_hooks for module in model.modules())
+    inject(model, config_of("dora"))
+    with pytest.raises(RuntimeError, match="adapter already"):
+        inject_eva(model, config_of("eva"), eva_batches(input_ids))
 
 
 def test_lora_plus_multiplies_the_rate_of_b_alone(config, input_ids):
@@ -540,6 +543,8 @@ def test_a_stopped_and_resumed_training_ends_in_the_same_bits(settings, tiny_rec
         ({"peft_type": "VERA", "rank_pattern": {"query": 2}}, "rank_pattern: not a setting"),
         ({"projection_prng_key": 1}, "projection_prng_key: not a setting of peft_type 'LORA'"),
         ({"peft_type": "VERA", "projection_prng_key": -1}, "projection_prng_key: -1 is not a seed"),
+        ({"peft_type": "VERA", "d_initial": float("nan")}, "d_initial: nan"),
+        ({"peft_type": "LOHA"}, "peft_type: 'LOHA' is not one of 'LORA', 'VERA'"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):

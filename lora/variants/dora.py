@@ -18,8 +18,8 @@ The norms need no (out, in) matrix. For a row w of W and b of B,
 
     ‖w + s·b·A‖² = ‖w‖² + 2s·b·(A·w) + s²·b·(A·Aᵀ)·bᵀ
 
-Trains A, B and m. It costs out more parameters than LoRA, and in each forward the product A·Wᵀ, which is as
-large as W·x for r tokens. Dropout applies to the input of A alone, so that W·x is computed once.
+Trains A, B and m: `out` numbers more than LoRA. Each forward costs the product A·Wᵀ more, which is as large
+as W·x for r tokens. Dropout applies to the input of A alone, so that W·x is computed once.
 """
 
 from __future__ import annotations

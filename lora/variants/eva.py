@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.adapted import product_layers
+from lora.adapted import has_adapter, product_layers
 from lora.config import LoraConfig
 from lora.inject import Injection, find_targets, inject
 from lora.linear import LoRALinear
@@ -42,8 +42,11 @@ def inject_eva(
     attention_mask of its batch (B, L) is 0 are left out. The model keeps the config with its new
     rank_pattern and alpha_pattern, and init_lora_weights = True.
 
-    Raises ValueError if there is no batch or an input is not finite, and as `inject` does.
+    Raises ValueError if a layer has no inputs or they are not finite, and as `inject` does. The model is then
+    unchanged.
     """
+    if has_adapter(model):
+        raise RuntimeError("the model has an adapter already; eject it first")
     names = [name for matched in find_targets(model, config).adapted.values() for name in matched]
     found = input_directions(model, modules_once(model, names), batches)
     settings = {name: config.for_layer(name) for name in found}
@@ -81,14 +84,16 @@ def input_directions(
     grams: dict[str, Tensor] = {}
     mask: Tensor | None = None
 
-    def add(name: str, x: Tensor) -> None:
-        rows = x if mask is None or x.shape[:-1] != mask.shape else x[mask.bool()]
-        rows = rows.reshape(-1, x.shape[-1]).double()
+    def add(name: str, input: Tensor) -> None:
+        rows = input if mask is None or input.shape[:-1] != mask.shape else input[mask.bool()]
+        rows = rows.reshape(-1, input.shape[-1]).double()
         grams[name] = grams.get(name, 0) + rows.T @ rows
 
     modes = {module: module.training for module in model.modules()}
     hooks = [
-        layer.register_forward_pre_hook(lambda _, inputs, name=name: add(name, inputs[0]))
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs, name=name: add(name, *args, **kwargs), with_kwargs=True
+        )
         for name, layer in layers.items()
     ]
     try:
@@ -105,24 +110,26 @@ def input_directions(
     for name in layers:
         if name not in grams:
             raise ValueError(f"{name}: no batch has reached this layer, so it has no inputs to start from")
-        if not grams[name].isfinite().all():
+        gram = grams.pop(name)
+        if not gram.isfinite().all():
             raise ValueError(f"{name}: its inputs are not finite")
-        squares, vectors = torch.linalg.eigh(grams[name])  # ascending, vectors as columns
+        squares, vectors = torch.linalg.eigh(gram)  # ascending, vectors as columns
         squares = squares.flip(0).clamp(min=0)
         found[name] = (squares / squares.sum().clamp(min=torch.finfo(squares.dtype).tiny), vectors.T.flip(0))
     return found
 
 
 def distribute(shares: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[str, int]:
-    """The rank of each layer, with the same sum as `ranks`: the directions with the largest shares win.
+    """The rank of each layer, with the same sum as `ranks`, given to the directions with the largest shares.
 
     shares: of the inputs that each direction explains, descending. Each layer keeps one direction at least,
     and gets twice its rank at most.
     """
     most = {name: min(_MOST * ranks[name], len(shares[name])) for name in ranks}
-    rivals = [(-float(shares[name][i]), name) for name in ranks for i in range(1, most[name])]
+    candidates = [(-float(shares[name][i]), name) for name in ranks for i in range(1, most[name])]
     found = dict.fromkeys(ranks, 1)
-    for _, name in sorted(rivals, key=lambda rival: rival[0])[: sum(ranks.values()) - len(ranks)]:
+    candidates.sort(key=lambda candidate: candidate[0])  # stable, so that ties keep the order of the layers
+    for _, name in candidates[: sum(ranks.values()) - len(ranks)]:
         found[name] += 1
     return found
 

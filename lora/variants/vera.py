@@ -114,12 +114,13 @@ class VeRALinear(LoRALinear):
 def check_vera(config: LoraConfig) -> None:
     """Raises TypeError or ValueError if a setting of VeRA is invalid, or given together with one of LoRA."""
     check_number("d_initial", config.d_initial)
+    if not abs(config.d_initial) < torch.finfo(torch.float32).max:
+        raise ValueError(f"d_initial: {config.d_initial!r} is not within float32")
     if type(config.projection_prng_key) is not int or not 0 <= config.projection_prng_key < 2**63:
         raise ValueError(f"projection_prng_key: {config.projection_prng_key!r} is not a seed")
     if type(config.save_projection) is not bool:
         raise TypeError(f"save_projection: {config.save_projection!r} is not true or false")
     is_vera = config.peft_type == "VERA"
-    others = ("use_rslora", "rank_pattern", "alpha_pattern") if is_vera else _FIELDS
-    for name in others:
+    for name in ("use_rslora", "rank_pattern", "alpha_pattern") if is_vera else _FIELDS:
         if getattr(config, name) not in (getattr(LoraConfig, name, {}), {}):
             raise ValueError(f"{name}: not a setting of peft_type {config.peft_type!r}")
