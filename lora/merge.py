@@ -177,7 +177,7 @@ def _naming(name: str) -> Iterator[None]:
 @contextmanager
 def _restored(layers: dict[str, MergeableLinear]) -> Iterator[None]:
     """Context that restores on exit which layers are merged and which are enabled."""
-    before = {name: (layer.merged, layer.enabled) for name, layer in layers.items()}
+    before: dict[str, tuple[bool, bool]] = {}
 
     def restore() -> None:
         for name, layer in layers.items():
@@ -186,8 +186,11 @@ def _restored(layers: dict[str, MergeableLinear]) -> Iterator[None]:
                 layer.unmerge()
         _merge_all({name: layer for name, layer in layers.items() if before[name][0] and not layer.merged})
 
-    with _one_thread(layers), restoring(restore):
-        yield
+    with _one_thread(layers):
+        # Read only now, because another thread may just have left a context.
+        before |= {name: (layer.merged, layer.enabled) for name, layer in layers.items()}
+        with restoring(restore):
+            yield
 
 
 _threads: weakref.WeakKeyDictionary[MergeableLinear, int] = weakref.WeakKeyDictionary()

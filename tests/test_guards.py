@@ -5,6 +5,7 @@ import copy
 import threading
 import time
 from fractions import Fraction
+from importlib import import_module
 
 import pytest
 import torch
@@ -336,6 +337,21 @@ def test_a_second_thread_cannot_enter_a_context(adapted):
         thread.start()
         thread.join()
         assert not errors
+
+
+def test_a_context_restores_the_state_that_another_thread_has_left(adapted, monkeypatch):
+    merge_module = import_module("lora.merge")  # the package's attribute of that name is the function
+    one_thread = merge_module._one_thread
+
+    def after_the_other(layers):
+        unmerge(adapted)  # as another thread does that leaves merged() just before
+        return one_thread(layers)
+
+    monkeypatch.setattr(merge_module, "_one_thread", after_the_other)
+    merge(adapted)
+    with merged(adapted):
+        pass
+    assert not any(layer.merged for layer in lora_layers(adapted).values())
 
 
 def test_threads_that_merge_at_the_same_time_lose_no_weight(adapted, monkeypatch):
