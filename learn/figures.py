@@ -43,11 +43,11 @@ def main() -> None:
 
 def low_rank() -> Any:
     """ΔW as the product of a tall and a wide matrix."""
-    figure, axes = _canvas(12, 7)
+    figure, axes = _canvas(13.2, 7)
     for x, y, width, height, color, name, size in (
         (0.3, 1.2, 5, 5, GREY, "ΔW", "768 x 768\n589,824"),
         (7.0, 1.2, 0.5, 5, ORANGE, "B", "768 x 8\n6,144"),
-        (7.9, 5.7, 3.8, 0.5, BLUE, "A", "8 x 768\n6,144"),
+        (7.9, 5.7, 5, 0.5, BLUE, "A", "8 x 768\n6,144"),
     ):
         axes.add_patch(Rectangle((x, y), width, height, color=color, alpha=0.85))
         below = y - 0.25
@@ -68,6 +68,8 @@ def parameters() -> Any:
     axes.loglog(ranks, [r * 2 * 768 for r in ranks], color=BLUE, lw=2.5)
     axes.axhline(768 * 768, color=GREY, ls="--", lw=2)
     axes.text(1, 768 * 768 * 1.15, "W: 589,824", va="bottom", color=GREY)
+    axes.plot([384], [768 * 768], "o", color=ORANGE, ms=9)
+    axes.text(110, 768 * 768 * 0.75, "r = 384: no saving", ha="right", va="top", color=ORANGE)
     axes.plot([8], [12288], "o", color=ORANGE, ms=9)
     axes.text(10, 9500, "r = 8: 12,288", va="center", color=ORANGE)
     axes.set(xlabel="rank r", ylabel="elements of A and B", title="A layer of 768 x 768", ylim=(1000, 2e6))
@@ -127,8 +129,8 @@ def backward() -> Any:
     rows = (
         ("s·g", "(n, out)", "·  B", "(out, r)", "=  t", "(n, r)", GREY),
         ("tᵀ", "(r, n)", "·  x∘keep", "(n, in)", "=  grad A", "(r, in)", BLUE),
-        ("s·gᵀ", "(out, n)", "·  A(x∘keep)", "(n, r)", "=  grad B", "(out, r)", ORANGE),
-        ("g·W", "(n, in)", "+  t·A∘keep", "(n, in)", "=  grad x", "(n, in)", GREEN),
+        ("s·gᵀ", "(out, n)", "·  (x∘keep)·Aᵀ", "(n, r)", "=  grad B", "(out, r)", ORANGE),
+        ("g·W", "(n, in)", "+  (t·A)∘keep", "(n, in)", "=  grad x", "(n, in)", GREEN),
     )
     for number, (*words, color) in enumerate(rows):
         y = 6.3 - 1.75 * number
@@ -205,7 +207,9 @@ def rank() -> Any:
     figure, axes = plt.subplots()
     axes.plot([row["rank"] for row in rows], [100 * row["accuracy"] for row in rows], "o-", color=BLUE)
     axes.set(
-        xlabel="rank that is left of ΔW", ylabel="test accuracy, %", title="A trained adapter of rank 8, cut"
+        xlabel="rank that is left of ΔW",
+        ylabel="test accuracy, %",
+        title="A trained adapter of rank 8 after cutting",
     )
     axes.grid(alpha=0.3)
     return figure

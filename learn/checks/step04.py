@@ -1,5 +1,7 @@
 """The checks of step 4."""
 
+import json
+import re
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +21,19 @@ def _inputs() -> dict[str, Tensor]:
 
 
 def _gradients(h: Tensor, inputs: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor | None]:
-    found = torch.autograd.grad(h, list(inputs.values()), grad, retain_graph=True, allow_unused=True)
+    try:
+        found = torch.autograd.grad(h, list(inputs.values()), grad, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        wrong = re.search(r"invalid gradient at index (\d) - got (\[.*?\])", str(error))
+        if wrong is None:
+            raise
+        name = list(inputs)[int(wrong[1])]
+        raise CheckError(
+            f"the gradient of {name}, which backward returns",
+            expected=f"the shape of {name}, {tuple(inputs[name].shape)}",
+            got=f"the shape {tuple(json.loads(wrong[2]))}",
+            why="Check the order of the factors and the transposes.",
+        ) from error
     return dict(zip(inputs, found, strict=True))
 
 

@@ -32,6 +32,22 @@ def check_freeze(step: ModuleType) -> None:
         )
 
 
+def check_sibling(step: ModuleType) -> None:
+    """A module beside the head whose name only begins like the head's, classifier_norm, is not the head."""
+    model = adapted_tiny_roberta()
+    model.classifier_norm = nn.LayerNorm(10)
+    model.requires_grad_(False)
+    step.train_only(model, HEAD)
+    why = f"classifier_norm is not inside {HEAD}: compare with the head's name and a dot."
+    if model.classifier_norm.weight.requires_grad:
+        what = f"train_only(model, {HEAD!r}), when the model has classifier_norm beside {HEAD}"
+        raise CheckError(what, expected="classifier_norm is frozen", got="it trains", why=why)
+    model.classifier_norm.requires_grad_(True)
+    head = sum(parameter.numel() for parameter in model.classifier.parameters())
+    what = f"count(…)['head'], when classifier_norm beside {HEAD} trains too"
+    expect_value(what, step.count(model, HEAD)["head"], head, {why: head + 20})
+
+
 def check_roberta_base(step: ModuleType) -> None:
     """The counts of roberta-base, rank 8 on query and value, 4 classes, follow from its shapes."""
     model = roberta_base_shapes()
@@ -92,4 +108,4 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "") or "none"
 
 
-CHECKS = (check_freeze, check_roberta_base, check_frozen_copy, check_shared)
+CHECKS = (check_freeze, check_sibling, check_roberta_base, check_frozen_copy, check_shared)

@@ -68,6 +68,13 @@ def check_names(step: ModuleType) -> None:
                 why=why,
             )
         order = [name for name, _ in model.named_modules() if name in wanted]
+        if isinstance(got, list) and got != order and sorted(got) == sorted(order):
+            raise CheckError(
+                f"the names that {what} returns",
+                expected=f"the order of named_modules(): {order[:2]}, …",
+                got=f"the same names in another order: {got[:2]}, …",
+                why="Walk the tree once, and compare each name with all patterns, not once per pattern.",
+            )
         expect_value(f"the names that {what} returns", got, order)
 
 

@@ -49,7 +49,7 @@ def check_restores(step: ModuleType) -> None:
                     "clone(), made before the merge."
                 )
             raise CheckError(
-                f"the weight after {cycle} cycles, {name}",
+                f"the weight after {cycle} cycle{'s' * (cycle != 1)}, {name}",
                 expected="W, bit for bit",
                 got=f"{share:.1%} of the elements differ, by up to {(layer.weight - before).abs().max():.3g}",
                 why=why,
