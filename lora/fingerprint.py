@@ -21,7 +21,7 @@ from lora.mergeable import MergeableLinear
 from lora.modules import unique_modules, unwrap
 from lora.storage import tensor_bytes, whole
 
-_BLOCK, _LARGE = 2**11, 2**16  # bytes
+_BLOCK, _LARGE, _HUGE = 2**11, 2**16, 2**24  # bytes
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # Fields of a transformers config that do not change the outputs in eval mode, or differ between versions.
 _OTHER_FIELDS = {
@@ -122,7 +122,7 @@ def _checksums(data: Tensor) -> Tensor:
     """The sum of the 64-bit words of each block, modulo 2⁶⁴, (blocks,) int64."""
     data = data.clone() if data.storage_offset() % 8 else data  # views of words start at whole words
     words = data.view(torch.int64).view(-1, _BLOCK // 8)
-    if words.device.type != "cpu":
+    if words.device.type != "cpu" or len(data) >= _HUGE:
         return words.sum(1)
     # NumPy sums in one thread: on a busy machine torch's threads wait for each other at every tensor.
     return torch.from_numpy(words.numpy().sum(1))

@@ -16,13 +16,13 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def named_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def named_modules(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Module]]:
     """All modules by their dotted names without wrappers. A shared module comes once per name."""
-    module = unwrap(model)
-    yield prefix, module
-    for name, child in module._modules.items():
+    found = [(prefix, unwrap(model))]
+    for name, child in found[0][1]._modules.items():
         if child is not None:
-            yield from named_modules(child, f"{prefix}.{name}" if prefix else name)
+            found += named_modules(child, f"{prefix}.{name}" if prefix else name)
+    return found
 
 
 def unique_modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -170,9 +170,11 @@ def refuse_training(module: nn.Module, _inputs: Any) -> None:
 
 def guard_loading(model: nn.Module) -> None:
     """Makes load_state_dict raise before it writes, in every module around an adapted layer."""
-    for _, module in named_modules(model):
-        if any(isinstance(inner, MergeableLinear) for inner in module.modules()):
-            module.register_load_state_dict_pre_hook(refuse_merged)  # type: ignore[no-untyped-call]
+    modules = dict(named_modules(model))
+    adapted = [name.split(".") for name, module in modules.items() if isinstance(module, MergeableLinear)]
+    around = {".".join(parts[:depth]) for parts in adapted for depth in range(len(parts) + 1)}
+    for module in {modules[name] for name in around}:
+        module.register_load_state_dict_pre_hook(refuse_merged)  # type: ignore[no-untyped-call]
 
 
 def refuse_merged(module: nn.Module, _state_dict: Any, prefix: str, *_: Any) -> None:
