@@ -26,7 +26,6 @@ from lora.errors import UserError
 from lora.fingerprint import FLOATS, difference, fingerprint
 from lora.inject import (
     CONVERSIONS,
-    Injection,
     build_layers,
     find_targets,
     layer_class,
@@ -222,7 +221,7 @@ def load_adapter(
         injection = find_targets(model, config)
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{folder}: {error}") from error
-    linears = _linears(model, injection)
+    linears: dict[str, Any] = modules_once(model, injection.names)  # each an nn.Linear or a Conv1D
     if not linears:
         raise AdapterError(f"{folder}: target_modules {config.target_modules!r} match nothing in this model")
     saved = _saved_modules(model, config)
@@ -239,10 +238,6 @@ def load_adapter(
             tensor.copy_(adapter.tensors[name])
         swap_in(model, config, injection, layers)
     return adapter
-
-
-def _linears(model: nn.Module, injection: Injection) -> dict[str, Any]:
-    return modules_once(model, injection.names)
 
 
 def _saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:

@@ -34,8 +34,7 @@ def check_targets(model: nn.Module, injection: Injection) -> None:
         for name in names:
             module, where = modules[name], f"target_modules: {pattern!r} matches {name}"
             kind = type(module)
-            # Other subclasses may never be called, or compute something else than W·x + b.
-            if not (kind is nn.Linear or hasattr(kind, "on_inject") or kind.__name__ in CONVERSIONS):
+            if not _can_be_adapted(module):
                 raise TypeError(f"{where}, which is a {kind.__name__}, not a Linear")
             weight = module._parameters.get("weight")
             if weight is None:
@@ -57,6 +56,12 @@ def check_targets(model: nn.Module, injection: Injection) -> None:
                 )
 
 
+def _can_be_adapted(module: nn.Module) -> bool:
+    # Other subclasses of nn.Linear may never be called, or compute something else than W·x + b.
+    kind = type(module)
+    return kind is nn.Linear or hasattr(kind, "on_inject") or kind.__name__ in CONVERSIONS
+
+
 def check_saved(model: nn.Module, injection: Injection) -> None:
     """Raises TypeError if a module in modules_to_save cannot train, ValueError if PEFT would match others."""
     modules = dict(named_modules(model))
@@ -69,7 +74,7 @@ def check_saved(model: nn.Module, injection: Injection) -> None:
                     f"modules_to_save: PEFT compares the ends of names, where {pattern!r} matches {name} too;"
                     " add it, or choose another name"
                 )
-    for name in sorted({name for names in injection.saved.values() for name in names}):
+    for name in sorted(saved):
         for key, parameter in modules[name].named_parameters():
             found = why_not_writable(parameter)
             if found or not (parameter.is_floating_point() or parameter.is_complex()):
@@ -124,11 +129,7 @@ def all_linear(model: nn.Module) -> list[str]:
     output = get_output() if callable(get_output) else None
     modules = dict(named_modules(model))
     found = [
-        name
-        for name, module in modules.items()
-        if (type(module) is nn.Linear or hasattr(module, "on_inject") or type(module).__name__ in CONVERSIONS)
-        and module is not output
-        and name
+        name for name, module in modules.items() if _can_be_adapted(module) and module is not output and name
     ]
     other = [name for name, m in modules.items() if isinstance(m, nn.Linear) and m is not output]
     if other and not found:

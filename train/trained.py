@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora import AdapterError, MergeableLinear, load_adapter, read_adapter, save_adapter
+from lora import AdapterError, load_adapter, read_adapter, save_adapter
 from lora.files import CONFIG_FILE, TENSOR_FILE
 from lora.fingerprint import config_fields
 from lora.storage import DamagedFileError, digest, read_tensors, write_tensors
@@ -80,16 +80,14 @@ def _load(folder: Path) -> Trained:
     check_finished(folder)
     if (folder / ADAPTER).is_dir():
         spec = run_recipe(folder).layer if (folder / CONFIG).is_file() else ""
-        return _load_adapter_folder(folder / ADAPTER, load_layer(spec), layer_digest(spec))
+        return _load_adapter_folder(folder / ADAPTER, spec)
     if (folder / WEIGHTS).is_file():
         return _load_weights(folder / WEIGHTS)
     raise RunError(f"{folder}: neither a run (no {CONFIG}) nor an adapter (no {CONFIG_FILE})")
 
 
-def _load_adapter_folder(
-    folder: Path, layer: type[MergeableLinear] | None = None, source: str = ""
-) -> Trained:
-    """layer: of the run's recipe; source: the SHA-256 of its file."""
+def _load_adapter_folder(folder: Path, layer: str = "") -> Trained:
+    """layer: of the run's recipe. Its file is run only if it is the one that the adapter was trained with."""
     adapter = read_adapter(folder)
     if not adapter.base:
         raise AdapterError(
@@ -99,13 +97,13 @@ def _load_adapter_folder(
     if head is None or head.ndim != 2:
         raise AdapterError(f"{folder}: the adapter has no classification head (classifier.out_proj.weight)")
     note = _checked(adapter.metadata, folder)
+    if note.get("layer", "") != layer_digest(layer):
+        hint = "its file has changed" if layer else "name the run's folder, whose config.toml has its file"
+        raise RunError(f"{folder}: trained with a layer class of its own; {hint}")
     labels = tuple(note.get("labels") or (f"LABEL_{i}" for i in range(len(head))))
     seed = note.get("seed", 0)  # only a random base depends on it
     model, tokenizer = load_base(adapter.base, num_labels=len(labels), labels=labels, seed=seed)
-    if note.get("layer", "") != source:
-        hint = "its file has changed" if source else "name the run's folder, whose config.toml has its file"
-        raise RunError(f"{folder}: trained with a layer class of its own; {hint}")
-    load_adapter(model, folder, layer=layer)
+    load_adapter(model, folder, layer=load_layer(layer))
     _check_tokenizer(tokenizer, note, folder)
     longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
     return Trained(model.eval(), tokenizer, labels, min(note.get("max_length_tokens", longest), longest))
