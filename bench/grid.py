@@ -1,0 +1,250 @@
+"""The training runs behind `bench variants`: methods, folds, learning rates, and the results of each run.
+
+A cell is one run of `python -m train` in its own process and in runs/variants. Its result (losses, cost, and
+which test articles were classified correctly) is added to bench/results/variants_cells.json when it ends. A
+cell with a result there is not run again, also on another machine; a stopped run is resumed. On the CPU one
+run per core, with one thread each, runs at a time, which is faster than one run after another on all cores.
+
+bbc: cross-validation in FOLDS folds, so that each of its articles is a test article once. The articles of a
+class, sorted by the hash of their text as for the prescribed split, are cut into FOLDS pieces. Another
+dataset is trained on all of its training rows with each of SEEDS.
+
+The learning rate of a method is selected on fold 0 or seed 0: the one with the lowest validation loss, among
+rates at four per decade. The candidates are extended until the best one has a worse one on either side.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bench.steps import ALL_LINEAR
+from bench.training import QUICK, finish_run
+from lora.storage import write_atomically
+from train.bbc import read_bbc
+from train.hardware import resolve_device
+from train.predictions import read_predictions
+
+RUNS = Path("runs/variants")
+FOLDS = 5
+SEEDS = (0, 1, 2)
+START = 3  # candidate rates to begin with
+MOST = 9  # candidate rates at most: two decades
+# The same for all methods: steps, batch, schedule, length. lora_alpha too, so that scaling = 16/r.
+SETTINGS: dict[str, Any] = {
+    "model": "minilm",
+    "lora_alpha": 16,
+    "max_length_tokens": 128,
+    "telemetry": False,
+}
+BBC: dict[str, Any] = {"epochs": 4, "batch_size": 16, "validation_fraction": 0.1}
+LARGE: dict[str, Any] = {"epochs": 3, "batch_size": 32, "validation_fraction": 0.05}
+KEPT = (
+    "val_loss", "val_accuracy", "best_epoch", "test_accuracy", "trainable_parameters", "lora_parameters",
+    "adapter_bytes", "train_seconds", "precision", "device",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the comparison: the recipe's fields, and the first candidate rate in quarters of a decade.
+
+    quarter: k stands for the learning rate 10^(k/4). on_all: compared on every dataset, not on bbc alone.
+    """
+
+    name: str
+    fields: Mapping[str, Any]
+    quarter: int
+    on_all: bool = False
+
+
+def _lora(**fields: Any) -> dict[str, Any]:
+    return {"method": "lora", "r": 8, **fields}
+
+
+METHODS = (
+    Method("full fine-tuning", {"method": "full"}, -17, on_all=True),
+    Method("head only", {"method": "head"}, -8, on_all=True),
+    Method("LoRA r=8", _lora(), -11, on_all=True),
+    Method("LoRA r=1", _lora(r=1), -12),
+    Method("LoRA r=64", _lora(r=64), -11),
+    Method("LoRA r=8, all linear", _lora(target_modules=ALL_LINEAR), -12, on_all=True),
+    Method("rsLoRA r=64", _lora(r=64, use_rslora=True), -13),
+    Method("DoRA", _lora(use_dora=True), -11, on_all=True),
+    Method("PiSSA", _lora(init_lora_weights="pissa"), -13, on_all=True),
+    Method("MiLoRA", _lora(init_lora_weights="milora"), -11),
+    Method("EVA", _lora(init_lora_weights="eva"), -12),
+    Method("LoRA+", _lora(loraplus_lr_ratio=16), -14, on_all=True),
+    Method("LoRA-FA", _lora(use_lora_fa=True), -10),
+    Method("VeRA r=256", _lora(r=256, peft_type="VERA"), -7),
+)
+
+
+def rate(quarter: int) -> float:
+    """The learning rate 10^(quarter/4), to three digits."""
+    return float(f"{10 ** (quarter / 4):.2e}")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run. part: the fold of bbc, or the seed of another dataset."""
+
+    data: str
+    method: Method
+    quarter: int
+    part: int
+    shrunk: bool = False  # with the fields of QUICK
+
+    @property
+    def key(self) -> str:
+        name = self.method.name.replace("=", "").replace(",", "").replace(" ", "-")
+        part = f"fold{self.part}" if self.data == "bbc" else f"seed{self.part}"
+        return f"{Path(self.data).name}/{name}/{rate(self.quarter):g}/{part}"
+
+    def settings(self) -> dict[str, Any]:
+        """The recipe's fields."""
+        fields = {**SETTINGS, **(BBC if self.data == "bbc" else LARGE), **self.method.fields}
+        data = str(RUNS / f"fold{self.part}") if self.data == "bbc" else self.data
+        fields |= {"data": data, "learning_rate": rate(self.quarter), "seed": self.part}
+        return fields | (QUICK if self.shrunk else {})
+
+    def run(self) -> dict[str, Any]:
+        """Trains, and returns the result. Raises RunError as finish_run does."""
+        folder = RUNS / ("quick" if self.shrunk else "whole") / self.key
+        summary = finish_run("quickstart", self.settings(), folder, threads=1)
+        bits = "".join("1" if row.correct else "0" for row in read_predictions(folder))
+        return {
+            **{name: summary[name] for name in KEPT},
+            "train_articles": summary["train_examples"] // summary["epochs"],
+            "correct": f"{int('1' + bits, 2):x}",  # the leading 1 keeps the zeros after it
+        }
+
+
+def correct(result: Mapping[str, Any]) -> list[bool]:
+    """Whether each test article was classified correctly, in the order of the data."""
+    return [bit == "1" for bit in f"{int(result['correct'], 16):b}"[1:]]
+
+
+class Results:
+    """The results of cells by key, in a JSON file that is replaced whenever one is added."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._lock = threading.Lock()
+        found = json.loads(path.read_text()) if path.is_file() else {}
+        if found and found["settings"] != self._settings():
+            raise RuntimeError(f"{path}: measured with other settings; remove it to measure again")
+        self._cells: dict[str, Any] = found.get("cells", {})
+
+    @staticmethod
+    def _settings() -> dict[str, Any]:
+        return {"all": SETTINGS, "bbc": BBC, "large": LARGE}
+
+    def get(self, cell: Cell) -> dict[str, Any] | None:
+        """The result of a cell that has ended."""
+        return self._cells.get(cell.key)
+
+    def finish(self, cell: Cell) -> dict[str, Any]:
+        """The result of the cell, which is run if it has none. Raises RunError as finish_run does."""
+        if (known := self.get(cell)) is not None:
+            return known
+        result = cell.run()
+        with self._lock:
+            self._cells[cell.key] = result
+            contents = {"settings": self._settings(), "cells": dict(sorted(self._cells.items()))}
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._path, (json.dumps(contents, indent=1) + "\n").encode())
+        return result
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The cells of a method on a dataset. sweep: of fold or seed 0, by rate. chosen: all folds or seeds."""
+
+    method: Method
+    sweep: dict[Cell, dict[str, Any]]
+    chosen: dict[Cell, dict[str, Any]]
+
+    @property
+    def interior(self) -> bool:
+        """Whether a lower and a higher rate than the selected one were tried."""
+        quarters = [cell.quarter for cell in self.sweep]
+        return min(quarters) < next(iter(self.chosen)).quarter < max(quarters)
+
+
+def train_method(
+    data: str, method: Method, finish: Callable[[Cell], dict[str, Any]], shrunk: bool = False
+) -> Trained:
+    """Selects the method's rate on fold or seed 0, and trains with it on the others."""
+    sweep: dict[int, dict[str, Any]] = {}
+    first, last = method.quarter, method.quarter + (1 if shrunk else START)
+    while True:
+        for quarter in range(first, last):
+            if quarter not in sweep:
+                sweep[quarter] = finish(Cell(data, method, quarter, 0, shrunk))
+        best = min(sweep, key=lambda quarter: sweep[quarter]["val_loss"])
+        if shrunk or len(sweep) >= MOST or first < best < last - 1:
+            break
+        first, last = (first - 1, last) if best == first else (first, last + 1)
+    parts = range(FOLDS) if data == "bbc" else SEEDS
+    chosen = {cell: finish(cell) for cell in (Cell(data, method, best, part, shrunk) for part in parts)}
+    tried = {Cell(data, method, quarter, 0, shrunk): sweep[quarter] for quarter in sorted(sweep)}
+    return Trained(method, tried, chosen)
+
+
+def train_all(
+    data: str, methods: tuple[Method, ...], results: Results, shrunk: bool = False
+) -> list[Trained]:
+    """Every method on `data`, side by side on the CPU. Ctrl-C stops after the running cells."""
+    if data == "bbc":
+        write_folds()
+    at_once = (os.cpu_count() or 1) if resolve_device("auto").type == "cpu" else 1
+    parts = FOLDS if data == "bbc" else len(SEEDS)
+    planned = len(methods) * ((1 if shrunk else START) + parts - 1)
+    with tqdm(total=planned, desc=Path(data).name, unit="run") as progress:
+
+        def finish(cell: Cell) -> dict[str, Any]:
+            result = cell.run() if shrunk else results.finish(cell)
+            progress.total = max(progress.total, progress.n + 1)  # more rates than START
+            progress.update()
+            return result
+
+        pool = ThreadPoolExecutor(at_once)
+        try:
+            return list(pool.map(lambda method: train_method(data, method, finish, shrunk), methods))
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def write_folds() -> None:
+    """Writes each fold of bbc to RUNS as a folder of CSV files, `text,label`, unless it exists."""
+    parts, labels = read_bbc()
+    by_label: dict[int, list[str]] = {}
+    for texts, classes in parts.values():
+        for text, label in zip(texts, classes, strict=True):
+            by_label.setdefault(label, []).append(text)
+    folds: list[list[tuple[str, str]]] = [[] for _ in range(FOLDS)]
+    for label, texts in by_label.items():
+        texts.sort(key=lambda text: hashlib.sha256(text.encode()).digest())
+        for number, text in enumerate(texts):
+            folds[number * FOLDS // len(texts)].append((text, labels[label]))
+    for number, test in enumerate(folds):
+        folder = RUNS / f"fold{number}"
+        train = [row for other in folds if other is not test for row in other]
+        for name, rows in (("train.csv", train), ("test.csv", test)):
+            if not (folder / name).is_file():
+                text = io.StringIO()
+                csv.writer(text, lineterminator="\n").writerows([("text", "label"), *rows])
+                folder.mkdir(parents=True, exist_ok=True)
+                write_atomically(folder / name, text.getvalue().encode())
