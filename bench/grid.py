@@ -244,7 +244,7 @@ def write_folds() -> None:
         train = [row for other in folds if other is not test for row in other]
         for name, rows in (("train.csv", train), ("test.csv", test)):
             if not (folder / name).is_file():
-                text = io.StringIO()
-                csv.writer(text, lineterminator="\n").writerows([("text", "label"), *rows])
+                file = io.StringIO()
+                csv.writer(file, lineterminator="\n").writerows([("text", "label"), *rows])
                 folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(folder / name, text.getvalue().encode())
+                write_atomically(folder / name, file.getvalue().encode())
