@@ -7,8 +7,10 @@ import lora.conv1d
 import lora.targets
 import lora.validation
 import lora.variants  # noqa: F401
+from lora.adapters import Adapters
 from lora.check import check
 from lora.check_layer import check_layer
+from lora.combine import combine
 from lora.config import LoraConfig
 from lora.eject import eject
 from lora.files import Adapter, AdapterError, load_adapter, read_adapter, save_adapter
@@ -21,6 +23,7 @@ from lora.parameters import ParameterCount, count_parameters
 __all__ = [
     "Adapter",
     "AdapterError",
+    "Adapters",
     "Injection",
     "LoRALinear",
     "LoraConfig",
@@ -28,6 +31,7 @@ __all__ = [
     "ParameterCount",
     "check",
     "check_layer",
+    "combine",
     "count_parameters",
     "disabled",
     "eject",

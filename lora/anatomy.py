@@ -42,7 +42,7 @@ def svd(M: Tensor) -> Svd:
 def delta_svd(lora_A: Tensor, lora_B: Tensor, scaling: float) -> Svd:
     """The SVD of ΔW = s·B·A without forming ΔW: lora_A (r, in), lora_B (out, r).
 
-    k = r, which must not exceed in or out.
+    k = min(r, in, out).
 
     With B = Q_B·R_B and Aᵀ = Q_A·R_A, ΔW = Q_B·(s·R_B·R_Aᵀ)·Q_Aᵀ. The singular values of ΔW are those of
     the r x r core in the middle; its singular vectors are the core's, multiplied by Q_B and Q_A. QR and SVD

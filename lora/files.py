@@ -213,6 +213,18 @@ def load_adapter(
     The model is then unchanged.
     """
     adapter = read_adapter(folder)
+    load_read(model, adapter, folder, check_base, layer)
+    return adapter
+
+
+def load_read(
+    model: nn.Module,
+    adapter: Adapter,
+    folder: str | os.PathLike[str],
+    check_base: bool = True,
+    layer: type[MergeableLinear] | None = None,
+) -> None:
+    """`load_adapter` of an adapter that `read_adapter` has read from `folder`."""
     config = adapter.config
     layer = layer or layer_class(config)
     if has_adapter(model):
@@ -237,7 +249,6 @@ def load_adapter(
         for name, tensor in _adapter_tensors(named, saved).items():
             tensor.copy_(adapter.tensors[name])
         swap_in(model, config, injection, layers)
-    return adapter
 
 
 def _saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:

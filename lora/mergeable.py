@@ -48,6 +48,7 @@ class MergeableLinear(nn.Linear):
     trained_tensors: ClassVar[tuple[str, ...]] = ()
     watched_settings: ClassVar[tuple[str, ...]] = ()
     fan_in_fan_out: ClassVar[bool] = False  # whether `weight` is (in, out); PEFT's name
+    base_output: Tensor | None = None  # W·x + b, while several adapters share it (lora/mixed.py)
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a weight only to discard it
@@ -128,6 +129,8 @@ class MergeableLinear(nn.Linear):
         return linear.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.base_output is not None:
+            return self.base_output
         if not self.merged:
             return super().forward(x)
         if self.training and torch.is_grad_enabled():

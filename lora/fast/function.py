@@ -68,6 +68,14 @@ def lora_linear(
     return out
 
 
+def add_product(h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Adds scaling·B·A·x to h = W·x + b, (..., out), by the operations of `lora_linear` in eval mode."""
+    rows = x.to(h.dtype).reshape(-1, x.shape[-1])  # (n, in)
+    thin = F.linear(rows, lora_A.to(h.dtype))  # (n, r)
+    flat = h.view(-1, h.shape[-1])
+    return torch.addmm(flat, thin, lora_B.to(h.dtype).t(), alpha=scaling).view_as(h)
+
+
 def outside_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
     """Decorates a Function's backward, so that it computes in the dtypes of forward inside autocast too."""
 

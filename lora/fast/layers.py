@@ -4,8 +4,8 @@ Autocast casts a frozen weight at every forward and keeps the cast for backward.
 which costs 2 bytes an element, and reuses the copy. FastLoRALinear computes the formula of LoRALinear in
 one autograd function that saves less for backward (lora/fast/function.py).
 
-The Parameters are unchanged. The copies are plain attributes, which a state dict does not contain. They are
-dropped
+The Parameters are unchanged. The copies are kept beside the model, so that a state dict does not contain
+them, and are freed with their weight. They are dropped
 
     if the weight or bias has requires_grad, or `train()` or `eval()` changes the mode;
     if the version, address, device or dtype of a Parameter changes, as in a merge;
@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from lora.fast.function import can_fuse, cast_shared, is_traced, lora_linear
+from lora.fast.function import add_product, can_fuse, cast_shared, is_traced, lora_linear
 from lora.linear import LoRALinear
 
 
@@ -32,6 +33,10 @@ class _Copies(NamedTuple):
     key: Any  # identifies the contents of the sources
     sources: tuple[Tensor, ...]  # kept alive, so that no other weight can get the same address
     copies: tuple[Tensor, ...]
+
+
+# By the weight that they are copies of, so that the layers of several adapters share them.
+_all_copies: Any = WeakTensorKeyDictionary()
 
 
 class FastLinear(nn.Linear):
@@ -42,7 +47,6 @@ class FastLinear(nn.Linear):
     """
 
     compute_dtype: torch.dtype | None = None
-    _copies: _Copies | None = None
     _first_row = 0  # of those that the next forward compares
 
     def forward(self, x: Tensor) -> Tensor:
@@ -55,7 +59,7 @@ class FastLinear(nn.Linear):
         """The weight and bias to multiply by: the copies where they apply, otherwise the Parameters."""
         dtype, device = self.compute_dtype, self.weight.device.type
         if self.weight.requires_grad:
-            self._copies = None
+            self._drop_copies()
         parameters = (self.weight,) if self.bias is None else (self.weight, self.bias)
         if (
             dtype is None
@@ -66,12 +70,14 @@ class FastLinear(nn.Linear):
             or torch.get_autocast_dtype(device) != dtype
         ):
             return self.weight, self.bias
-        key = tuple((p._version, p.data_ptr(), p.device, p.dtype) for p in parameters)
-        if self._copies is None or self._copies.key != key or not self._rows_are_equal(self._copies):
+        key = (dtype, *((p._version, p.data_ptr(), p.device, p.dtype) for p in parameters))
+        found: _Copies | None = _all_copies.get(self.weight)
+        if found is None or found.key != key or not self._rows_are_equal(found):
             with torch.inference_mode(False):  # copies made during evaluation must serve training too
                 sources = tuple(p.detach() for p in parameters)
-                self._copies = _Copies(key, sources, tuple(source.to(dtype) for source in sources))
-        weight, *bias = self._copies.copies
+                found = _Copies(key, sources, tuple(source.to(dtype) for source in sources))
+            _all_copies[self.weight] = found
+        weight, *bias = found.copies
         return weight, bias[0] if bias else None
 
     def _rows_are_equal(self, copies: _Copies) -> bool:
@@ -88,29 +94,29 @@ class FastLinear(nn.Linear):
 
     def train(self, mode: bool = True) -> FastLinear:
         if mode != self.training:
-            self._copies = None
+            self._drop_copies()
         super().train(mode)
         return self
 
     def set_compute_dtype(self, dtype: torch.dtype | None) -> None:
         """Sets `compute_dtype`, and drops copies in another dtype."""
-        if dtype != self.compute_dtype:
-            self.compute_dtype, self._copies = dtype, None
+        if self.compute_dtype not in (None, dtype):
+            self._drop_copies()
+        self.compute_dtype = dtype
 
     @property
     def copies(self) -> tuple[Tensor, ...]:
         """The copies that exist now. A Parameter already in the compute dtype needs none."""
-        if self._copies is None:
-            return ()
-        pairs = zip(self._copies.sources, self._copies.copies, strict=True)
+        found: _Copies | None = _all_copies.get(self.weight)
+        pairs = zip(found.sources, found.copies, strict=True) if found is not None else ()
         return tuple(copy for source, copy in pairs if copy is not source)
+
+    def _drop_copies(self) -> None:
+        _all_copies.pop(self.weight, None)
 
     def on_inject(self, layer: LoRALinear) -> None:
         """Makes the layer that replaces this one fast too. Called by `inject`."""
         fuse(layer, self.compute_dtype)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_copies": None}  # type: ignore[no-untyped-call]
 
 
 class FastLoRALinear(LoRALinear, FastLinear):
@@ -122,8 +128,10 @@ class FastLoRALinear(LoRALinear, FastLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.merged and self.enabled:
-            weight, bias = self.compute_weights()
             A, B = self.factors()
+            if self.base_output is not None and can_fuse(x, self.weight, self.bias, A):
+                return add_product(self.base_output, x, A, B, self.scaling)
+            weight, bias = self.compute_weights()
             if can_fuse(x, weight, bias, A):
                 p = self.lora_dropout if self.training else 0.0
                 return lora_linear(x, weight, bias, A, B, self.scaling, p)

@@ -1,0 +1,346 @@
+"""Many adapters on one frozen base: load, switch, mix in one batch (arXiv 2106.09685, section 4.2).
+
+    adapters = Adapters(model)                          # a base model
+    adapters.load("topics", "runs/a/adapter")
+    adapters.add("tone", LoraConfig(r=4))
+    adapters.use("topics")                              # None: the base alone
+    with adapters.rows(["topics", "tone", None]):       # one name per row of the batch
+        logits = model(**batch).logits
+
+One adapter is active, or none, and the model is then what `inject` makes of it: training, merging, saving and
+everything else that handles one adapter works on the active one. The others are modules outside the model
+that share the base's weights. Switching puts other modules in their places and writes to no tensor.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lora.adapted import has_adapter, lora_config, lora_layers
+from lora.config import LoraConfig
+from lora.files import Adapter, load_read, read_adapter, save_adapter
+from lora.inject import inject
+from lora.interrupts import uninterrupted
+from lora.merge import restoring
+from lora.mergeable import MergeableLinear
+from lora.mixed import MixedModule
+from lora.modules import modules_named, unwrap
+
+
+class Slot(NamedTuple):
+    """A place in a model's tree of modules."""
+
+    parent: nn.Module
+    child: str
+
+    def get(self) -> nn.Module:
+        module = self.parent._modules[self.child]
+        assert module is not None
+        return module
+
+    def put(self, module: nn.Module) -> None:
+        self.parent._modules[self.child] = module
+
+
+@dataclass(frozen=True)
+class NamedAdapter:
+    """An adapter of `Adapters`.
+
+    layers, saved: its adapted layers and modules_to_save, by their names in the model. modules: these and
+    all others that it puts in the place of one of the base.
+    """
+
+    config: LoraConfig
+    layers: dict[str, MergeableLinear]
+    saved: dict[str, nn.Module]
+    modules: dict[Slot, nn.Module]
+
+
+class Adapters:
+    """The adapters of one base model, by name. At most one of them is active.
+
+    Each has its own rank, targets, variant and modules_to_save, such as heads with other numbers of classes.
+    The base is frozen, and no method changes a value of it. Each method leaves everything as it was if it
+    raises. Not for several threads at once.
+
+    Every method raises RuntimeError while the active adapter is merged or disabled, or if the model has been
+    changed by others (`inject`, `eject`); ValueError for a name that is unknown, or taken.
+    """
+
+    def __init__(self, model: nn.Module):
+        """Raises RuntimeError if the model has an adapter already."""
+        if has_adapter(model):
+            raise RuntimeError("the model has an adapter already; eject it first, then load it by name")
+        self.model = model
+        self.active: str | None = None
+        self._named: dict[str, NamedAdapter] = {}
+        self._base: dict[Slot, nn.Module] = {}  # what the base has in the places of all adapters
+        self._mixing = False  # inside rows()
+        model.requires_grad_(False)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all adapters, in the order in which they were added."""
+        return tuple(self._named)
+
+    def __getitem__(self, name: str) -> NamedAdapter:
+        if name not in self._named:
+            raise ValueError(f"no adapter is called {name!r}; there are {', '.join(self._named) or 'none'}")
+        return self._named[name]
+
+    def __repr__(self) -> str:
+        lines = [
+            f"{'*' if name == self.active else ' '} {name}: r={each.config.r}, {len(each.layers)} layers"
+            for name, each in self._named.items()
+        ]
+        return "\n".join(lines) or "no adapters"
+
+    def add(
+        self,
+        name: str,
+        config: LoraConfig,
+        seed: int = 0,
+        modules: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        """Adds a fresh adapter, as `inject` does. The active one stays active.
+
+        Modules in config.modules_to_save start as copies of the base's. modules: others to take instead, by
+        their names in the model, such as a head with more classes.
+
+        Raises as `inject` does.
+        """
+        self._add(name, config, modules or {}, lambda: inject(self.model, config, seed))
+
+    def load(self, name: str, folder: str | os.PathLike[str], check_base: bool = True) -> Adapter:
+        """Adds the adapter in a folder, as `load_adapter` does. The active one stays active.
+
+        A Linear in modules_to_save gets as many outputs as the folder's has, for heads of other sizes.
+
+        Raises as `load_adapter` does.
+        """
+        adapter = read_adapter(folder)
+        heads = {
+            full: _resized(module, full, adapter.tensors)
+            for pattern in adapter.config.modules_to_save
+            for full, module in modules_named(self.model, pattern)
+        }
+        self._add(name, adapter.config, heads, lambda: load_read(self.model, adapter, folder, check_base))
+        return adapter
+
+    def use(self, name: str | None) -> None:
+        """Makes this adapter the active one; None leaves the base alone."""
+        modules = {} if name is None else self[name].modules
+        self._check_unchanged()
+        with uninterrupted():
+            self._place(modules)
+            self._set_active(name)
+
+    def remove(self, name: str) -> None:
+        """Removes an adapter. If it was active, the base is left alone."""
+        removed = self[name]
+        if name == self.active:
+            self.use(None)
+        self._check_unchanged()
+        with uninterrupted():
+            del self._named[name]
+            used = {slot for each in self._named.values() for slot in each.modules}
+            for slot in removed.modules.keys() - used:
+                del self._base[slot]
+
+    def save(
+        self,
+        name: str,
+        folder: str | os.PathLike[str],
+        base: str,
+        task_type: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Saves an adapter's folder, as `save_adapter` does, whichever is active."""
+        modules = self[name].modules
+        self._check_unchanged()
+        with self._restored(), uninterrupted():
+            self._place(modules)
+            self._set_active(name)
+            save_adapter(self.model, folder, base, task_type, metadata)
+
+    @contextmanager
+    def rows(self, names: Sequence[str | None], exact: bool = True) -> Iterator[nn.Module]:
+        """Context in which row i of a batch is computed with the adapter names[i]; None is the base alone.
+
+        For inference. Outputs have the batch as their first dimension, and so have the inputs of all adapted
+        modules. If heads have different numbers of outputs, a row's further ones are -inf, which is
+        probability 0.
+
+        exact: each adapter computes its thin products for the whole batch, and rows are selected. So each row
+        equals, bit for bit, the same batch computed with its adapter alone. exact=False multiplies each row
+        by its own matrices in one batched product (lora/mixed.py): faster with many adapters, equal to
+        rounding.
+
+        Raises RuntimeError in training mode.
+        """
+        for name in names:
+            if name is not None:
+                self[name]  # raises if it is unknown
+        if not names:
+            raise ValueError("rows: no names; give one for each row of the batch")
+        self._check_unchanged()
+        if self.model.training:
+            raise RuntimeError("a mixed batch in training mode; call eval() first")
+        device = next(self.model.parameters()).device
+        numbers = {
+            name: torch.tensor([i for i, each in enumerate(names) if each == name], device=device)
+            for name in dict.fromkeys(names)
+        }
+        with self._restored():
+            with uninterrupted():
+                self._mixing = True
+                self._place({slot: self._mixed(slot, numbers, exact) for slot in self._base})
+                self._set_active(None)
+            yield self.model
+
+    def _mixed(self, slot: Slot, rows: Mapping[str | None, Tensor], exact: bool) -> nn.Module:
+        """What stands in a place while the rows of a batch belong to these adapters."""
+        base = self._base[slot]
+        by_module: dict[nn.Module, list[Tensor]] = {}
+        for name, numbers in rows.items():
+            module = base if name is None else self._named[name].modules.get(slot, base)
+            by_module.setdefault(module, []).append(numbers)
+            _prepare(module, slot.get())
+        if len(by_module) == 1:
+            return module
+        joined = {module: torch.cat(numbers) for module, numbers in by_module.items()}
+        return MixedModule(base, joined, sum(map(len, rows.values())), exact)
+
+    def _add(
+        self, name: str, config: LoraConfig, modules: Mapping[str, nn.Module], inject: Callable[[], object]
+    ) -> None:
+        """inject: puts the adapter into the base, in which copies of modules_to_save have been placed."""
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"name: {name!r} is not a non-empty string")
+        if name in self._named:
+            raise ValueError(f"an adapter is called {name!r} already; remove it first")
+        self._check_unchanged()
+        with self._restored(), uninterrupted():
+            self._place({})
+            self._set_active(None)
+            before = _slots(self.model)
+            try:
+                self._place_copies(config, modules)
+                inject()
+                changed = {slot: slot.get() for slot, old in before.items() if slot.get() is not old}
+                saved = dict(
+                    item for pattern in config.modules_to_save for item in modules_named(self.model, pattern)
+                )
+                added = NamedAdapter(lora_config(self.model), lora_layers(self.model), saved, changed)
+            finally:
+                for slot, module in before.items():
+                    slot.put(module)
+            self._base |= {slot: before[slot] for slot in changed}
+            self._named[name] = added
+
+    def _place_copies(self, config: LoraConfig, modules: Mapping[str, nn.Module]) -> None:
+        """Replaces the modules in modules_to_save by those in `modules`, or by copies."""
+        saved = dict(
+            item for pattern in config.modules_to_save for item in modules_named(self.model, pattern)
+        )
+        if unknown := modules.keys() - saved.keys():
+            raise ValueError(
+                f"modules: {min(unknown)} is not in modules_to_save, which has {', '.join(saved)}"
+            )
+        copies: dict[nn.Module, nn.Module] = {}
+        for full, module in saved.items():
+            if full in modules or module not in copies:
+                copies[module] = modules[full] if full in modules else copy.deepcopy(module)
+        for slot, module in _slots(self.model).items():
+            if module in copies:
+                slot.put(copies[module].train(module.training))
+
+    def _place(self, modules: Mapping[Slot, nn.Module]) -> None:
+        """Puts these modules in their places, and the base's in all others."""
+        for slot, base in self._base.items():
+            old, new = slot.get(), modules.get(slot, base)
+            if new is not old:
+                _prepare(new, old)
+                slot.put(new)
+
+    def _set_active(self, name: str | None) -> None:
+        self.active = name
+        vars(unwrap(self.model)).pop("lora_config", None)
+        if name is not None:
+            unwrap(self.model).lora_config = self._named[name].config  # type: ignore[assignment]
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """Context that puts the active adapter back on leaving, also by an exception."""
+        active = self.active
+
+        def restore() -> None:
+            self._mixing = False
+            self._place({} if active is None else self._named[active].modules)
+            self._set_active(active)
+
+        with restoring(restore):
+            yield
+
+    def _check_unchanged(self) -> None:
+        """Raises RuntimeError if the model is not as this object left it."""
+        if self._mixing:
+            raise RuntimeError("inside rows(); leave the context first")
+        modules = {} if self.active is None else self._named[self.active].modules
+        for slot, base in self._base.items():
+            if slot.get() is not modules.get(slot, base):
+                raise RuntimeError(
+                    "the adapters of the model were changed by others, such as eject or inject"
+                )
+        for layer in self._named[self.active].layers.values() if self.active is not None else ():
+            if layer.merged or not layer.enabled:
+                state = "merged; unmerge" if layer.merged else "disabled; leave the context"
+                raise RuntimeError(f"the adapter {self.active!r} is {state} first")
+        if self.active is None and has_adapter(self.model):
+            raise RuntimeError("the model has an adapter without a name; eject it first")
+
+
+def _slots(model: nn.Module) -> dict[Slot, nn.Module]:
+    """Every place of the model's tree and the module in it."""
+    return {
+        Slot(parent, child): module
+        for parent in model.modules()
+        for child, module in parent._modules.items()
+        if module is not None
+    }
+
+
+def _prepare(new: nn.Module, old: nn.Module) -> None:
+    """Gives a module the mode, the speed-ups and the device of the one whose place it takes."""
+    new.train(old.training)
+    if hasattr(old, "on_inject"):
+        old.on_inject(new)  # type: ignore[operator]
+    for parameter in old.parameters():
+        if any(tensor.device != parameter.device for tensor in new.parameters()):
+            new.to(parameter.device)
+        break
+
+
+def _resized(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a module whose Linears have as many outputs as `tensors`, by the model's names, have rows."""
+    resized = copy.deepcopy(module)
+    for child, linear in list(resized.named_modules()):
+        weight = tensors.get(".".join(filter(None, (name, child, "weight"))))
+        if not isinstance(linear, nn.Linear) or weight is None or weight.ndim != 2:
+            continue
+        if len(weight) != linear.out_features:
+            old = linear.weight
+            new = nn.Linear(linear.in_features, len(weight), linear.bias is not None, old.device, old.dtype)
+            _prepare(new, linear)
+            if not child:
+                return new
+            resized.set_submodule(child, new)
+    return resized
