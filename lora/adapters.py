@@ -26,13 +26,15 @@ from torch import Tensor, nn
 
 from lora.adapted import has_adapter, lora_config, lora_layers
 from lora.config import LoraConfig
-from lora.files import Adapter, load_read, read_adapter, save_adapter
+from lora.files import Adapter, load_read, read_adapter, save_adapter, saved_modules
 from lora.inject import inject
 from lora.interrupts import uninterrupted
 from lora.merge import restoring
 from lora.mergeable import MergeableLinear
 from lora.mixed import MixedModule
-from lora.modules import modules_named, unwrap
+from lora.modules import unwrap
+
+Hook = tuple[dict[int, Any], int, Any]  # a module's table of hooks, the key, and the hook
 
 
 class Slot(NamedTuple):
@@ -54,14 +56,15 @@ class Slot(NamedTuple):
 class NamedAdapter:
     """An adapter of `Adapters`.
 
-    layers, saved: its adapted layers and modules_to_save, by their names in the model. modules: these and
-    all others that it puts in the place of one of the base.
+    layers, saved: its adapted layers and modules_to_save, by their names in the model. modules: all that it
+    puts in the place of one of the base. hooks: those of `inject` on modules around them, by table and key.
     """
 
     config: LoraConfig
     layers: dict[str, MergeableLinear]
     saved: dict[str, nn.Module]
     modules: dict[Slot, nn.Module]
+    hooks: list[Hook]
 
 
 class Adapters:
@@ -83,6 +86,7 @@ class Adapters:
         self.active: str | None = None
         self._named: dict[str, NamedAdapter] = {}
         self._base: dict[Slot, nn.Module] = {}  # what the base has in the places of all adapters
+        self._hooks: list[Hook] = []  # those that are in place now
         self._mixing = False  # inside rows()
         model.requires_grad_(False)
 
@@ -128,20 +132,19 @@ class Adapters:
         """
         adapter = read_adapter(folder)
         heads = {
-            full: _resized(module, full, adapter.tensors)
-            for pattern in adapter.config.modules_to_save
-            for full, module in modules_named(self.model, pattern)
+            name: _resized(module, name, adapter.tensors)
+            for name, module in saved_modules(self.model, adapter.config).items()
         }
         self._add(name, adapter.config, heads, lambda: load_read(self.model, adapter, folder, check_base))
         return adapter
 
     def use(self, name: str | None) -> None:
         """Makes this adapter the active one; None leaves the base alone."""
-        modules = {} if name is None else self[name].modules
+        if name is not None:
+            self[name]  # raises if it is unknown
         self._check_unchanged()
         with uninterrupted():
-            self._place(modules)
-            self._set_active(name)
+            self._activate(name)
 
     def remove(self, name: str) -> None:
         """Removes an adapter. If it was active, the base is left alone."""
@@ -164,11 +167,10 @@ class Adapters:
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Saves an adapter's folder, as `save_adapter` does, whichever is active."""
-        modules = self[name].modules
+        self[name]  # raises if it is unknown
         self._check_unchanged()
         with self._restored(), uninterrupted():
-            self._place(modules)
-            self._set_active(name)
+            self._activate(name)
             save_adapter(self.model, folder, base, task_type, metadata)
 
     @contextmanager
@@ -202,8 +204,9 @@ class Adapters:
         with self._restored():
             with uninterrupted():
                 self._mixing = True
-                self._place({slot: self._mixed(slot, numbers, exact) for slot in self._base})
-                self._set_active(None)
+                mixed = {slot: self._mixed(slot, numbers, exact) for slot in self._base}
+                self._activate(None)
+                self._place(mixed, [hook for name in numbers if name for hook in self[name].hooks])
             yield self.model
 
     def _mixed(self, slot: Slot, rows: Mapping[str | None, Tensor], exact: bool) -> nn.Module:
@@ -229,53 +232,60 @@ class Adapters:
             raise ValueError(f"an adapter is called {name!r} already; remove it first")
         self._check_unchanged()
         with self._restored(), uninterrupted():
-            self._place({})
-            self._set_active(None)
-            before = _slots(self.model)
+            self._activate(None)
+            before, tables = _slots(self.model), _hook_tables(self.model)
+            keys = [set(table) for table in tables]
+            hooks: list[Hook] = []
             try:
                 self._place_copies(config, modules)
                 inject()
                 changed = {slot: slot.get() for slot, old in before.items() if slot.get() is not old}
-                saved = dict(
-                    item for pattern in config.modules_to_save for item in modules_named(self.model, pattern)
-                )
-                added = NamedAdapter(lora_config(self.model), lora_layers(self.model), saved, changed)
+                saved = saved_modules(self.model, config)
+                layers = lora_layers(self.model)
+                added = NamedAdapter(lora_config(self.model), layers, saved, changed, hooks)
             finally:
                 for slot, module in before.items():
                     slot.put(module)
+                for table, old in zip(tables, keys, strict=True):
+                    hooks += [(table, key, table.pop(key)) for key in table.keys() - old]
             self._base |= {slot: before[slot] for slot in changed}
             self._named[name] = added
 
     def _place_copies(self, config: LoraConfig, modules: Mapping[str, nn.Module]) -> None:
         """Replaces the modules in modules_to_save by those in `modules`, or by copies."""
-        saved = dict(
-            item for pattern in config.modules_to_save for item in modules_named(self.model, pattern)
-        )
+        saved = saved_modules(self.model, config)
         if unknown := modules.keys() - saved.keys():
             raise ValueError(
                 f"modules: {min(unknown)} is not in modules_to_save, which has {', '.join(saved)}"
             )
-        copies: dict[nn.Module, nn.Module] = {}
-        for full, module in saved.items():
-            if full in modules or module not in copies:
-                copies[module] = modules[full] if full in modules else copy.deepcopy(module)
+        copies = {
+            module: modules[name] if name in modules else copy.deepcopy(module)
+            for name, module in saved.items()
+        }
         for slot, module in _slots(self.model).items():
             if module in copies:
                 slot.put(copies[module].train(module.training))
 
-    def _place(self, modules: Mapping[Slot, nn.Module]) -> None:
-        """Puts these modules in their places, and the base's in all others."""
+    def _activate(self, name: str | None) -> None:
+        active = None if name is None else self._named[name]
+        self._place(active.modules if active else {}, active.hooks if active else [])
+        self.active = name
+        vars(unwrap(self.model)).pop("lora_config", None)
+        if active:
+            unwrap(self.model).lora_config = active.config  # type: ignore[assignment]
+
+    def _place(self, modules: Mapping[Slot, nn.Module], hooks: list[Hook]) -> None:
+        """Puts these modules in their places and the base's in all others, and these hooks alone."""
         for slot, base in self._base.items():
             old, new = slot.get(), modules.get(slot, base)
             if new is not old:
                 _prepare(new, old)
                 slot.put(new)
-
-    def _set_active(self, name: str | None) -> None:
-        self.active = name
-        vars(unwrap(self.model)).pop("lora_config", None)
-        if name is not None:
-            unwrap(self.model).lora_config = self._named[name].config  # type: ignore[assignment]
+        for table, key, _ in self._hooks:
+            table.pop(key, None)
+        for table, key, hook in hooks:
+            table[key] = hook
+        self._hooks = hooks
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
@@ -284,8 +294,7 @@ class Adapters:
 
         def restore() -> None:
             self._mixing = False
-            self._place({} if active is None else self._named[active].modules)
-            self._set_active(active)
+            self._activate(active)
 
         with restoring(restore):
             yield
@@ -316,6 +325,10 @@ def _slots(model: nn.Module) -> dict[Slot, nn.Module]:
         for child, module in parent._modules.items()
         if module is not None
     }
+
+
+def _hook_tables(model: nn.Module) -> list[dict[int, Any]]:
+    return [t for m in model.modules() for t in (m._forward_pre_hooks, m._load_state_dict_pre_hooks)]
 
 
 def _prepare(new: nn.Module, old: nn.Module) -> None:

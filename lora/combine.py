@@ -15,6 +15,7 @@ import copy
 import math
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from lora.adapters import Adapters
 from lora.anatomy import delta_svd
 from lora.config import LoraConfig
 from lora.interrupts import uninterrupted
+from lora.linear import LoRALinear
 
 
 @torch.no_grad()
@@ -54,7 +56,7 @@ def combine(
             if not has_low_rank(layer):
                 kind = type(layer).__name__
                 raise RuntimeError(f"{each!r} cannot be added up: ΔW of a {kind} is not scaling·B·A")
-            A, B = layer.factors()
+            A, B = _stored_factors(layer)
             scaled = (weight * layer.scaling * B.double(), A)
             factors.setdefault(layer_name, []).append(scaled)
     if rank is not None and rank < 1:
@@ -76,6 +78,15 @@ def combine(
             for tensor, value in zip(added.adapter_state().values(), (A, B), strict=True):
                 tensor.copy_(value)
     return lost
+
+
+def _stored_factors(layer: LoRALinear) -> tuple[Tensor, Tensor]:
+    """A and B of ΔW = scaling·B·A as a folder holds them: without differences, which would be rounded."""
+    to_plain: Any = getattr(layer, "to_plain", None)
+    if to_plain is None:
+        return layer.factors()
+    plain = to_plain({f".{name}": tensor for name, tensor in layer.adapter_state().items()})
+    return plain[".lora_A"], plain[".lora_B"]
 
 
 def _truncated(B: Tensor, A: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], float]:

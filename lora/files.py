@@ -103,7 +103,7 @@ def save_adapter(
     Raises RuntimeError if the model has no adapter, ValueError if a tensor is not finite, OSError.
     """
     config, layers = lora_config(model), lora_layers(model)
-    saved = _saved_modules(model, config)
+    saved = saved_modules(model, config)
     tensors = _adapter_tensors(layers, saved)
     tensors = {name: whole(tensor) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
@@ -236,7 +236,7 @@ def load_read(
     linears: dict[str, Any] = modules_once(model, injection.names)  # each an nn.Linear or a Conv1D
     if not linears:
         raise AdapterError(f"{folder}: target_modules {config.target_modules!r} match nothing in this model")
-    saved = _saved_modules(model, config)
+    saved = saved_modules(model, config)
     _check_tensors(adapter.tensors, _expected_tensors(linears, saved, config, layer), folder)
     if adapter.layer not in ("", layer.__name__):
         raise AdapterError(f"{folder}: trained with the class {adapter.layer}; pass it as layer=")
@@ -251,7 +251,8 @@ def load_read(
         swap_in(model, config, injection, layers)
 
 
-def _saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+def saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:
+    """The modules in modules_to_save, a shared one once by its first name."""
     return modules_once(
         model, (name for pattern in config.modules_to_save for name, _ in modules_named(model, pattern))
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
-from collections.abc import Callable
 from types import CodeType
 from typing import Any
 
@@ -147,7 +146,6 @@ def call_layers(model: nn.Module) -> None:
     for _, module in named_modules(model):
         adapted = any(isinstance(child, MergeableLinear) for child in module._modules.values())
         if isinstance(module, nn.TransformerEncoderLayer) and adapted:
-            remove_hooks(module, (use_separate_layers,))
             module.register_forward_pre_hook(use_separate_layers)
 
 
@@ -159,7 +157,6 @@ def guard_distributed(model: nn.Module) -> None:
     """Makes a DistributedDataParallel that was built before the adapter refuse to train it."""
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
-            remove_hooks(module, (refuse_training,))
             module.register_forward_pre_hook(refuse_training)
 
 
@@ -178,7 +175,6 @@ def guard_loading(model: nn.Module) -> None:
     adapted = [name.split(".") for name, module in modules.items() if isinstance(module, MergeableLinear)]
     around = {".".join(parts[:depth]) for parts in adapted for depth in range(len(parts) + 1)}
     for module in {modules[name] for name in around}:
-        remove_hooks(module, (refuse_merged,))
         module.register_load_state_dict_pre_hook(refuse_merged)  # type: ignore[no-untyped-call]
 
 
@@ -192,10 +188,10 @@ def refuse_merged(module: nn.Module, _state_dict: Any, prefix: str, *_: Any) -> 
 HOOKS = (use_separate_layers, refuse_training, refuse_merged)
 
 
-def remove_hooks(module: nn.Module, functions: tuple[Callable[..., None], ...] = HOOKS) -> None:
-    """Removes these hooks, of those that this file registers, from a module."""
+def remove_hooks(module: nn.Module) -> None:
+    """Removes the hooks that this file has registered on a module."""
     for hooks in (module._load_state_dict_pre_hooks, module._forward_pre_hooks):
-        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) in functions]:
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) in HOOKS]:
             del hooks[key]
 
 
