@@ -43,8 +43,9 @@ def combine(
     rank: the largest rank of a layer of the sum; None keeps the sum of all ranks. Returns by layer the share
     ‖ΔW - ΔW_rank‖_F / ‖ΔW‖_F that is lost, 0 without a cut.
 
-    Raises ValueError if there is no weight, one is not finite, `name` is taken, or a rank exceeds a layer's;
-    RuntimeError if the ΔW of an adapter is not scaling·B·A. The adapters are then unchanged.
+    Raises ValueError if there is no weight, one is not finite, `name` is taken, a rank exceeds a layer's, or
+    one adapter changes a layer in a module that the first replaces; RuntimeError if the ΔW of an adapter is
+    not scaling·B·A. The adapters are then unchanged.
     """
     if not weights:
         raise ValueError("weights: empty; give a weight for each adapter")
@@ -70,6 +71,11 @@ def combine(
             (B, A), lost[layer_name] = _truncated(B, A, rank)
         found[layer_name] = B, A
     first = adapters[next(iter(weights))]
+    for head in first.saved:
+        if inside := [key for key in found if key.startswith(f"{head}.")]:
+            raise ValueError(
+                f"{inside[0]} is adapted, and {head} is replaced by that of {next(iter(weights))!r}"
+            )
     config = _config(first.config, {key: len(A) for key, (_, A) in found.items()})
     with uninterrupted():
         adapters.add(name, config, modules={key: copy.deepcopy(head) for key, head in first.saved.items()})

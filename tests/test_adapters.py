@@ -349,7 +349,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("wrong", "kind", "message"), ERRORS, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(("wrong", "kind", "message"), ERRORS, ids=[error[2][:30] for error in ERRORS])
 def test_an_error_names_the_problem_and_changes_nothing(model, adapters, batch, wrong, kind, message):
     adapters.use("wide")
     before, expected, modules = base_bytes(model), logits(model, batch), [*model.modules()]
@@ -454,6 +454,14 @@ def test_a_cut_sum_is_the_best_of_its_rank_and_states_what_it_loses(adapters):
         # The factors are rounded to float32; what is lost is computed before that.
         assert float(found / M.norm()) == pytest.approx(lost[key], rel=1e-5)
         assert lost[key] == pytest.approx(float(S[2:].norm() / S.norm()), rel=1e-12)
+
+
+def test_a_layer_of_a_head_that_another_adapter_replaces_is_not_added_up(adapters):
+    adapters.add("inner", LoraConfig(target_modules=("classifier.dense",)))
+    with pytest.raises(
+        ValueError, match="classifier.dense is adapted, and classifier is replaced by that of"
+    ):
+        combine(adapters, "new", {"plain": 1, "inner": 1})
 
 
 def test_the_opposite_of_an_adapter_undoes_it(model, adapters, batch):

@@ -13,7 +13,17 @@ from conftest import tiny_roberta as wild_roberta
 
 from learn import course
 from learn.runner import check_step
-from lora import AdapterError, LoraConfig, inject, load_adapter, merge, save_adapter, unmerge
+from lora import (
+    AdapterError,
+    Adapters,
+    LoraConfig,
+    combine,
+    inject,
+    load_adapter,
+    merge,
+    save_adapter,
+    unmerge,
+)
 from lora.adapted import lora_layers
 from lora.files import CONFIG_FILE, TENSOR_FILE
 from lora.variants.eva import inject_eva
@@ -284,6 +294,26 @@ def test_peft_reads_the_ranks_that_eva_has_distributed(tmp_path, input_ids):
 
 
 @torch.no_grad()
+def test_peft_reads_a_sum_of_adapters(tmp_path, input_ids):
+    """Of other ranks, targets and starts: PEFT sees plain LoRA with a rank for each layer."""
+    model = tiny_roberta()
+    adapters = Adapters(model)
+    for seed, config in enumerate(
+        (
+            LoraConfig(r=3, lora_alpha=6, modules_to_save=("classifier",)),
+            LoraConfig(r=2, target_modules=("query", "output.dense"), init_lora_weights="pissa"),
+        )
+    ):
+        adapters.add(str(seed), config, seed)
+        adapters.use(str(seed))
+        randomise_adapter(model, seed)
+    combine(adapters, "sum", {"0": 0.5, "1": -0.25})
+    adapters.save("sum", tmp_path, base="tiny", task_type="SEQ_CLS")
+    adapters.use("sum")
+    theirs = peft.PeftModel.from_pretrained(tiny_roberta(), str(tmp_path))
+    assert close(model(input_ids).logits, theirs(input_ids).logits)
+
+
 def test_unmerging_in_peft_drifts_and_here_it_does_not(tmp_path, input_ids):
     theirs = make_peft("SEQ_CLS", input_ids, target_modules=["query", "value"]).to(torch.bfloat16)
     theirs.save_pretrained(tmp_path)
