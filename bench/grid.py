@@ -49,7 +49,7 @@ SETTINGS: dict[str, Any] = {
     "telemetry": False,
 }
 BBC: dict[str, Any] = {"epochs": 4, "batch_size": 16, "validation_fraction": 0.1}
-LARGE: dict[str, Any] = {"epochs": 3, "batch_size": 32, "validation_fraction": 0.05}
+LARGE: dict[str, Any] = {"epochs": 2, "batch_size": 32, "validation_fraction": 0.05}
 KEPT = (
     "val_loss", "val_accuracy", "best_epoch", "test_accuracy", "trainable_parameters", "lora_parameters",
     "adapter_bytes", "train_seconds", "precision", "device",
