@@ -23,7 +23,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Method:
     """
 
     name: str
-    fields: Mapping[str, Any]
+    fields: Mapping[str, Any] = field(hash=False)  # a dict has no hash
     quarter: int
     on_all: bool = False
 
