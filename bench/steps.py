@@ -194,13 +194,15 @@ def memory_bytes(model: BenchModel) -> dict[str, int]:
     """
     model.step()
     parameters = list(model.module.parameters())
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    # Frozen matrices of some variants of LoRA are buffers.
+    weights = parameters + [buffer for buffer in model.module.buffers() if buffer.is_floating_point()]
+    known = {weight.untyped_storage().data_ptr() for weight in weights}
     copies = {}
     for module in model.module.modules():
         if isinstance(module, FastLinear):
             for tensor in module.copies:
                 copies[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    shapes = {tuple(parameter.shape) for parameter in parameters if parameter.ndim == 2}
+    shapes = {tuple(weight.shape) for weight in weights if weight.ndim == 2}
     shapes |= {shape[::-1] for shape in shapes}
     saved: dict[int, tuple[int, Tensor]] = {}
     casts: dict[int, tuple[int, Tensor]] = {}
@@ -220,7 +222,7 @@ def memory_bytes(model: BenchModel) -> dict[str, int]:
     del loss
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return {
-        "weights": sum(parameter.nbytes for parameter in parameters),
+        "weights": sum(weight.nbytes for weight in weights),
         "weight_copies": sum(copies.values()),
         "weight_casts": weight_casts,
         "gradients": sum(parameter.nbytes for parameter in trained),
