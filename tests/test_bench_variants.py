@@ -180,7 +180,7 @@ def test_a_finished_cell_is_not_run_again(runs, tmp_path):
 def test_results_of_other_settings_are_refused(runs, tmp_path, monkeypatch):
     path = tmp_path / "cells.json"
     Results(path).finish(Cell("news", METHOD, METHOD.quarter, 0))
-    monkeypatch.setitem(grid.LARGE, "epochs", 2)
+    monkeypatch.setitem(grid.LARGE, "epochs", 9)
     with pytest.raises(RunError, match="cells.json: measured with other settings; remove it"):
         Results(path)
 
