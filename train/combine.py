@@ -75,7 +75,7 @@ def combine_runs(weights: Mapping[str, float], folder: Path, rank: int | None = 
             )
     ranks = sorted({adapters[name].config.for_layer(layer)["r"] for layer in lost})
     print(
-        f"{folder}: rank {' to '.join(map(str, ranks[:1] + ranks[1:][-1:]))} on {len(lost)} layers, "
+        f"{folder}: rank {', '.join(map(str, ranks))} on {len(lost)} layers, "
         f"{adapter_size(folder) / 1e6:.2f} MB, classes {', '.join(first.labels)}"
     )
     if rank is not None:
