@@ -108,6 +108,10 @@ def test_each_adapter_answers_as_it_does_alone(monkeypatch, capsys):
             assert several["text"] == one["text"]
             assert several["label"] == one["label"]
             assert several["probabilities"] == pytest.approx(one["probabilities"], abs=1e-5)
+    tone = load_trained(Path("tone"))
+    batch = tone.tokenizer(TEXTS[1], truncation=True, max_length=6, return_tensors="pt")
+    expected = tone.model(**batch).logits.detach().softmax(1)[0].tolist()
+    assert list(together[2 * len(ALL) + 1]["probabilities"].values()) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_lines_begin_with_the_name(capsys):
