@@ -57,7 +57,7 @@ def combine_runs(weights: Mapping[str, float], folder: Path, rank: int | None = 
     """
     refuse_used(folder)
     read = {run: read_trained_adapter(Path(run)) for run in weights}
-    first, *others = read.values()
+    run, first = next(iter(read.items()))
     adapters, _ = load_adapters(read)
     name = str(folder)
     try:
@@ -66,11 +66,11 @@ def combine_runs(weights: Mapping[str, float], folder: Path, rank: int | None = 
         adapters.save(name, folder, str(first.content.base), "SEQ_CLS", note)
     except (RuntimeError, ValueError) as error:  # ΔW of a DoRA, a weight or a sum that is not finite
         raise RunError(str(error)) from error
-    for other in others:
-        if other.labels != first.labels:
+    for other, adapter in read.items():
+        if adapter.labels != first.labels:
             print(
-                f"note: {other.folder} has other classes, {', '.join(other.labels)}; the new adapter has "
-                f"those of {first.folder}",
+                f"note: {other} has other classes, {', '.join(adapter.labels)}; the new adapter has those of "
+                f"{run}",
                 file=sys.stderr,
             )
     ranks = sorted({adapters[name].config.for_layer(layer)["r"] for layer in lost})

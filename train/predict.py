@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         "train.predict",
         "Prints a label and its probability for each TEXT, or for each line of stdin. With --adapter, "
         "several adapters answer in one pass: a line for each text and adapter, which begins with NAME.",
-        "A blank line of stdin gives a blank line, so that input and output lines correspond.",
+        "A blank line of stdin gives a blank line, or one per adapter, so that input and output correspond.",
     )
     parser.usage = (
         "%(prog)s [--json] RUN [TEXT ...]\n"
