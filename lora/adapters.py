@@ -123,7 +123,13 @@ class Adapters:
         """
         self._add(name, config, modules or {}, lambda: inject(self.model, config, seed))
 
-    def load(self, name: str, folder: str | os.PathLike[str], check_base: bool = True) -> Adapter:
+    def load(
+        self,
+        name: str,
+        folder: str | os.PathLike[str],
+        check_base: bool = True,
+        layer: type[MergeableLinear] | None = None,
+    ) -> Adapter:
         """Adds the adapter in a folder, as `load_adapter` does. The active one stays active.
 
         A Linear in modules_to_save gets as many outputs as the folder's has, for heads of other sizes.
@@ -135,7 +141,9 @@ class Adapters:
             name: _resized(module, name, adapter.tensors)
             for name, module in saved_modules(self.model, adapter.config).items()
         }
-        self._add(name, adapter.config, heads, lambda: load_read(self.model, adapter, folder, check_base))
+        self._add(
+            name, adapter.config, heads, lambda: load_read(self.model, adapter, folder, check_base, layer)
+        )
         return adapter
 
     def use(self, name: str | None) -> None:

@@ -112,6 +112,31 @@ def test_bbc_is_split_as_the_readme_says():
     assert news.digest() == load_news("bbc", 0.1, 0).digest()
 
 
+def test_some_classes_of_bbc_are_split_as_all_are():
+    whole, some = load_news("bbc", 0.1, 0), load_news("bbc:tech,business,politics", 0.5, 9)
+    assert some.labels == ("business", "politics", "tech")  # in the order of the corpus
+    for part in ("train", "validation", "test"):
+        all_rows, rows = getattr(whole, part), getattr(some, part)
+        named = [(row["text"], whole.labels[row["label"]]) for row in all_rows]
+        expected = [(text, label) for text, label in named if label in some.labels]
+        assert [(row["text"], some.labels[row["label"]]) for row in rows] == expected
+    assert some.digest() == load_news("bbc:business,tech,politics", 0.1, 0).digest() != whole.digest()
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ("", "bbc:: class '' is not one of business, entertainment, politics, sports, tech"),
+        ("tech,sport", "bbc:tech,sport: class 'sport' is not one of business, entertainment, politics"),
+        ("tech,sports,tech", "bbc:tech,sports,tech: class 'tech' is given twice"),
+        ("tech", "bbc:tech: it has a single class, 'tech'; a classifier needs two or more"),
+    ],
+)
+def test_classes_of_bbc_that_cannot_be_used_are_errors(classes, message):
+    with pytest.raises(DataError, match=message):
+        load_news(f"bbc:{classes}", 0.1, 0)
+
+
 def test_the_committed_list_is_what_the_script_finds():
     articles = read_articles()
     assert len(articles) == 2225

@@ -147,10 +147,11 @@ def test_a_run_that_recorded_relative_paths_is_resumed(place, monkeypatch, capsy
 def test_a_name_is_not_taken_for_a_folder(tmp_path, monkeypatch):
     """An embedded name stays one even where a folder has this name; the hub's names stay names."""
     monkeypatch.chdir(tmp_path)
-    for name in ("minilm", "bbc", "ag_news"):
+    for name in ("minilm", "bbc", "bbc:sports,tech", "ag_news"):
         (tmp_path / name).mkdir()
-    recipe = Recipe(model="minilm", data="bbc")
-    assert recipe.with_absolute_paths() == recipe
+    for name in ("bbc", "bbc:sports,tech"):
+        recipe = Recipe(model="minilm", data=name)
+        assert recipe.with_absolute_paths() == recipe
     recipe = Recipe(model="roberta-base", data="fancyzhx/ag_news")
     assert recipe.with_absolute_paths() == recipe
     assert Recipe(data="ag_news").with_absolute_paths().data == str(tmp_path / "ag_news")  # as it is loaded

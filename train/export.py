@@ -11,7 +11,7 @@ from pathlib import Path
 from lora import eject
 from lora.adapted import has_adapter
 from train.command import CommandParser, run_command
-from train.runs import RunError, refuse_file
+from train.runs import RunError, refuse_used
 from train.trained import load_trained
 
 
@@ -37,9 +37,7 @@ def export(run: Path, folder: Path) -> None:
 
     Raises RunError, OSError, and what loading raises.
     """
-    refuse_file(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-        raise RunError(f"{folder}: not an empty folder")
+    refuse_used(folder)
     trained = load_trained(run, text=True)
     if has_adapter(trained.model):
         try:

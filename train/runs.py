@@ -156,6 +156,13 @@ def refuse_file(folder: Path) -> None:
             raise RunError(f"{folder}: {'' if path == folder else f'{path} is '}not a folder")
 
 
+def refuse_used(folder: Path) -> None:
+    """Raises RunError unless `folder` is new or empty."""
+    refuse_file(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise RunError(f"{folder}: not an empty folder")
+
+
 def write_recipe(folder: Path, name: str, recipe: Recipe) -> None:
     """Writes config.toml."""
     write_atomically(folder / CONFIG, f"{_NAME}{name}\n{recipe.to_toml()}".encode())

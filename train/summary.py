@@ -9,6 +9,7 @@ from typing import Any
 
 from lora import ParameterCount
 from lora.adapted import lora_layers
+from train.bbc import is_bbc
 from train.command import shell_command
 from train.hardware import device_name, peak_memory_bytes
 from train.loop import Trainer
@@ -16,7 +17,6 @@ from train.metrics import Scores
 from train.runs import CONFIG, run_recipe
 from train.tables import duration
 
-_NEWS = ("bbc", "ag_news")
 _PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy")
 
 
@@ -77,7 +77,8 @@ def summary_text(summary: dict[str, Any], folder: Path) -> str:
     rows = sum(map(sum, summary["test_confusion_matrix"]))
     worst = min(summary["test_report"], key=lambda row: row["f1"])
     trained = "adapter/" if summary["method"] == "lora" else "weights.safetensors"
-    example = "Shares rose after the bank cut its rates." if summary["data"] in _NEWS else "your text"
+    is_news = is_bbc(summary["data"]) or summary["data"] == "ag_news"
+    example = "Shares rose after the bank cut its rates." if is_news else "your text"
     next_commands = [
         shell_command("train.predict", folder, example),
         shell_command("train.evaluate", folder),

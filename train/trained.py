@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora import AdapterError, load_adapter, read_adapter, save_adapter
-from lora.files import CONFIG_FILE, TENSOR_FILE
+from lora import Adapter, AdapterError, Adapters, MergeableLinear, read_adapter, save_adapter
+from lora.files import CONFIG_FILE, TENSOR_FILE, load_read
 from lora.fingerprint import config_fields
 from lora.storage import DamagedFileError, digest, read_tensors, write_tensors
 from model import load_base
@@ -35,6 +35,36 @@ class Trained:
     max_length_tokens: int
 
 
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter's folder, read and checked, not loaded. layer: its own layer class, if it has one."""
+
+    folder: Path
+    content: Adapter
+    labels: tuple[str, ...]
+    layer: type[MergeableLinear] | None
+
+    @property
+    def note(self) -> dict[str, Any]:
+        """What training noted: labels, max_length_tokens, seed and others. Empty if PEFT wrote the folder."""
+        return self.content.metadata
+
+    @property
+    def base(self) -> str:
+        """The base model, for messages and to compare: its name, and the seed of random weights."""
+        seed = f", seed {self._seed}" if str(self.content.base).startswith("random:") else ""
+        return f"{self.content.base}{seed}"
+
+    @property
+    def _seed(self) -> int:
+        return int(self.note.get("seed", 0))  # only a random base depends on it
+
+    def load_base(self) -> tuple[PreTrainedModel, Any]:
+        """The base model, with the adapter's labels, and the tokenizer. Raises ModelError."""
+        name, labels = str(self.content.base), self.labels
+        return load_base(name, num_labels=len(labels), labels=labels, seed=self._seed)
+
+
 def save_trained(
     model: nn.Module, folder: Path, recipe: Recipe, labels: tuple[str, ...], tokenizer: Any = None
 ) -> int:
@@ -51,7 +81,7 @@ def save_trained(
         metadata["tokenizer"] = tokenizer_digest(tokenizer)
     if recipe.method == "lora":
         save_adapter(model, folder / ADAPTER, base=recipe.model, task_type="SEQ_CLS", metadata=metadata)
-        return sum((folder / ADAPTER / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
+        return adapter_size(folder / ADAPTER)
     tensors = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     note = {
         **metadata,
@@ -68,45 +98,94 @@ def load_trained(folder: Path, text: bool = False) -> Trained:
 
     text: require a tokenizer. Raises RunError, AdapterError, ModelError, FileNotFoundError.
     """
-    trained = _load(folder)
-    if text and trained.tokenizer is None:
-        raise RunError(f"{folder}: its base model comes without a tokenizer, so it cannot read text")
+    if (folder / WEIGHTS).is_file():
+        check_finished(folder)
+        trained = _load_weights(folder / WEIGHTS)
+    else:
+        adapter = read_trained_adapter(folder)
+        model, tokenizer = adapter.load_base()
+        load_read(model, adapter.content, adapter.folder, layer=adapter.layer)
+        trained = _trained(adapter, model, tokenizer)
+    if text:
+        _require_tokenizer(trained, folder)
     return trained
 
 
-def _load(folder: Path) -> Trained:
-    if (folder / CONFIG_FILE).is_file():
-        return _load_adapter_folder(folder)
-    check_finished(folder)
-    if (folder / ADAPTER).is_dir():
-        spec = run_recipe(folder).layer if (folder / CONFIG).is_file() else ""
-        return _load_adapter_folder(folder / ADAPTER, spec)
-    if (folder / WEIGHTS).is_file():
-        return _load_weights(folder / WEIGHTS)
-    raise RunError(f"{folder}: neither a run (no {CONFIG}) nor an adapter (no {CONFIG_FILE})")
+def load_adapters(
+    adapters: Mapping[str, TrainedAdapter], text: bool = False
+) -> tuple[Adapters, dict[str, Trained]]:
+    """Loads adapters with these names on one base model, and leaves the base active.
+
+    All `Trained` have this model, and each the labels and the length of its adapter.
+
+    text: require a tokenizer. Raises RunError, AdapterError, ModelError, FileNotFoundError.
+    """
+    first, *others = adapters.values()
+    for other in others:
+        if other.base != first.base:
+            raise RunError(
+                f"{other.folder}: its base is {other.base}, and that of {first.folder} is {first.base}; "
+                "adapters are used together on one base"
+            )
+    model, tokenizer = first.load_base()
+    loaded, trained = Adapters(model), {}
+    for name, adapter in adapters.items():
+        loaded.load(name, adapter.folder, layer=adapter.layer)
+        trained[name] = _trained(adapter, model, tokenizer)
+    if text:
+        _require_tokenizer(trained[next(iter(trained))], first.folder)
+    return loaded, trained
 
 
-def _load_adapter_folder(folder: Path, layer: str = "") -> Trained:
-    """layer: of the run's recipe. Its file is run only if it is the one that the adapter was trained with."""
-    adapter = read_adapter(folder)
-    if not adapter.base:
+def read_trained_adapter(folder: Path) -> TrainedAdapter:
+    """Reads the adapter of a finished run, or an adapter's folder written here or by PEFT.
+
+    Raises RunError, also if the run trained no adapter, AdapterError, FileNotFoundError.
+    """
+    layer = ""  # its file is run only if it is the one that the adapter was trained with
+    if not (folder / CONFIG_FILE).is_file():
+        check_finished(folder)
+        if (folder / WEIGHTS).is_file():
+            raise RunError(f"{folder}: its method is full or head, so it has no adapter; give a LoRA run")
+        if not (folder / ADAPTER).is_dir():
+            raise RunError(f"{folder}: neither a run (no {CONFIG}) nor an adapter (no {CONFIG_FILE})")
+        layer = run_recipe(folder).layer if (folder / CONFIG).is_file() else ""
+        folder = folder / ADAPTER
+    content = read_adapter(folder)
+    if not content.base:
         raise AdapterError(
             f"{folder / CONFIG_FILE}: base_model_name_or_path is empty, so the base is unknown"
         )
-    head = adapter.tensors.get("classifier.out_proj.weight")
+    head = content.tensors.get("classifier.out_proj.weight")
     if head is None or head.ndim != 2:
         raise AdapterError(f"{folder}: the adapter has no classification head (classifier.out_proj.weight)")
-    note = _checked(adapter.metadata, folder)
+    note = _checked(content.metadata, folder)
     if note.get("layer", "") != layer_digest(layer):
         hint = "its file has changed" if layer else "name the run's folder, whose config.toml has its file"
         raise RunError(f"{folder}: trained with a layer class of its own; {hint}")
     labels = tuple(note.get("labels") or (f"LABEL_{i}" for i in range(len(head))))
-    seed = note.get("seed", 0)  # only a random base depends on it
-    model, tokenizer = load_base(adapter.base, num_labels=len(labels), labels=labels, seed=seed)
-    load_adapter(model, folder, layer=load_layer(layer))
-    _check_tokenizer(tokenizer, note, folder)
+    if len(labels) != len(head):
+        raise RunError(
+            f"{folder}: damaged: {len(labels)} labels in its note, {len(head)} outputs of its head"
+        )
+    return TrainedAdapter(folder, content, labels, load_layer(layer))
+
+
+def adapter_size(folder: Path) -> int:
+    """The size of an adapter's folder in bytes."""
+    return sum((folder / name).stat().st_size for name in (CONFIG_FILE, TENSOR_FILE))
+
+
+def _trained(adapter: TrainedAdapter, model: PreTrainedModel, tokenizer: Any) -> Trained:
+    _check_tokenizer(tokenizer, adapter.note, adapter.folder)
     longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
-    return Trained(model.eval(), tokenizer, labels, min(note.get("max_length_tokens", longest), longest))
+    length = min(adapter.note.get("max_length_tokens", longest), longest)
+    return Trained(model.eval(), tokenizer, adapter.labels, length)
+
+
+def _require_tokenizer(trained: Trained, folder: Path) -> None:
+    if trained.tokenizer is None:
+        raise RunError(f"{folder}: its base model comes without a tokenizer, so it cannot read text")
 
 
 def _load_weights(path: Path) -> Trained:
