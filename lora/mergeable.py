@@ -94,6 +94,10 @@ class MergeableLinear(nn.Linear):
         """W, (out, in): the weight without the adapter, merged or not."""
         return self.stored_weight
 
+    def is_rowwise(self, x: Tensor) -> bool:
+        """Whether `forward` in eval mode multiplies each row of the batch x by itself (lora/mixed.py)."""
+        return False
+
     def merge(self) -> None:
         """Replaces the weight by `merged_weight()`, rounded once to its dtype, and keeps a copy of W.
 
