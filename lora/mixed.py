@@ -2,14 +2,14 @@
 
     h_i = W·x_i + b + ΔW_k(i)·x_i          k(i) is the adapter of row i of the batch
 
-W·x + b is computed once for all rows. In the exact mode, row i equals the same batch computed with its adapter
-alone, bit for bit. A matrix product of another shape may round differently, so each product keeps the shape
-that it has when the adapter is alone:
+W·x + b is computed once for all rows. In the exact mode, row i equals the same batch computed with its
+adapter alone, bit for bit. A matrix product of another shape may round differently, so each product keeps
+the shape that it has when the adapter is alone:
 
-    rowwise layers   multiply each row of a batch by a pair of matrices of its own, A (r, in) and s·B (out, r),
-                     also if the pair is the same for all rows. Layers of one rank are computed together: each
-                     row takes its pair, and two batched products do the rest, as in Punica's kernels for GPUs
-                     (arXiv 2310.18547). The cost does not depend on the number of adapters.
+    rowwise layers   multiply each row of a batch by matrices of its own, A (r, in) and s·B (out, r), also if
+                     these are the same for all rows. Layers of one rank are computed together: each row takes
+                     its matrices, and two batched products do the rest, as in Punica's kernels for GPUs
+                     (arXiv 2310.18547). The cost hardly depends on the number of adapters.
     other modules    are computed for the whole batch, and their rows are selected: K adapters cost K times
                      the thin products.
 
@@ -19,13 +19,12 @@ as if it were rowwise, and all ranks together: smaller ones are filled up with z
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from lora.adapted import has_low_rank
 from lora.linear import LoRALinear
@@ -66,15 +65,15 @@ class MixedModule(nn.Module):
             raise ValueError(f"rows() was given {self._size} names, and this batch has {len(x)} rows")
         h: Any = self._base[0].forward(x, *args, **kwargs) if self._adapts else None  # W·x + b, once
         parts = []
-        others = dict(self._others)
+        others = list(self._others.items())
         for layers, rows, numbers in self._groups:
             if self._exact and not next(iter(layers)).is_rowwise(x):
-                others |= layers
+                others += layers.items()
                 continue
             y = h.clone()
-            add_rowwise_(y, x, *_stacked(layers), numbers)
-            parts.append((rows, y[rows]))
-        for module, rows in others.items():
+            add_rowwise_(y, x, *_stacked(list(layers)), numbers)
+            parts.append((rows, y if len(rows) == self._size else y[rows]))
+        for module, rows in others:
             if isinstance(module, MergeableLinear):
                 module.base_output = h
                 try:
@@ -90,21 +89,25 @@ class MixedModule(nn.Module):
 
 
 def add_rowwise_(h: Tensor, x: Tensor, A: Tensor, B: Tensor, numbers: Tensor) -> Tensor:
-    """Adds B[k]ᵀ·A[k]·x[i] with k = numbers[i] to each row h[i] of a batch, in place.
+    """Adds B[k]·A[k]·x[i] with k = numbers[i] to each row h[i] of a batch, in place, in the dtype of h.
 
-    h (n, ..., out), x (n, ..., in), A (K, r, in), B (K, r, out), numbers (n,) int64. Computes in the dtype of
-    h. Returns the thin products A[k]·x[i], (n, L, r), where L is the product of all dimensions between.
+    h (n, ..., out), x (n, ..., in), A (K, r, in), B (K, out, r), numbers (n,) int64. Returns the thin
+    products A[k]·x[i], (n, L, r), where L is the product of the dimensions between.
     """
-    thin = torch.bmm(x.to(h.dtype).reshape(len(x), -1, x.shape[-1]), A.to(h.dtype)[numbers].transpose(1, 2))
-    h.view(*thin.shape[:2], -1).baddbmm_(thin, B.to(h.dtype)[numbers])
+    A, B = (each.to(h.dtype).index_select(0, numbers).transpose(1, 2) for each in (A, B))
+    thin = torch.bmm(x.to(h.dtype).reshape(len(x), -1, x.shape[-1]), A)
+    h.view(*thin.shape[:2], -1).baddbmm_(thin, B)
     return thin
 
 
-def _stacked(layers: Iterable[LoRALinear]) -> tuple[Tensor, Tensor]:
-    """A (K, r, in) and scaling·Bᵀ (K, r, out) of K layers, where r is the largest rank."""
-    pairs = [(A, layer.scaling * B.t()) for layer in layers for A, B in [layer.factors()]]
-    A, B = (pad_sequence(each, batch_first=True) for each in zip(*pairs, strict=True))
-    return A, B
+def _stacked(layers: Sequence[LoRALinear]) -> tuple[Tensor, Tensor]:
+    """A (K, r, in) and scaling·B (K, out, r) of K layers, where r is the largest rank."""
+    factors = [layer.factors() for layer in layers]
+    most = max(len(A) for A, _ in factors)
+    A = torch.stack([A if len(A) == most else F.pad(A, (0, 0, 0, most - len(A))) for A, _ in factors])
+    B = torch.stack([B if len(A) == most else F.pad(B, (0, most - len(A))) for A, B in factors])
+    scaling = torch.tensor([layer.scaling for layer in layers], dtype=B.dtype, device=B.device)
+    return A, scaling[:, None, None] * B
 
 
 def _joined_rows(group: Mapping[Any, Tensor], size: int) -> tuple[Tensor, Tensor]:
@@ -118,6 +121,8 @@ def _joined_rows(group: Mapping[Any, Tensor], size: int) -> tuple[Tensor, Tensor
 
 def _joined(parts: list[tuple[Tensor, Tensor]], size: int) -> Tensor:
     """The rows of all parts in order. Where the last dimensions differ, -inf fills up the smaller ones."""
+    if len(parts) == 1:
+        return parts[0][1]
     most = max((y for _, y in parts), key=lambda y: y.shape[-1])
     out = most.new_empty(size, *most.shape[1:])
     for rows, y in parts:

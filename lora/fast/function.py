@@ -70,7 +70,7 @@ def lora_linear(
 
 
 def has_long_rows(x: Tensor, lora_A: Tensor) -> bool:
-    """Whether x is a batch (n, L, in) with L >= r, so that a copy of A (r, in) per row is no larger than x."""
+    """Whether x is a batch (n, L, in) with L >= r: a copy of A (r, in) for each row is no larger than x."""
     return x.ndim == 3 and x.shape[1] >= len(lora_A)
 
 
@@ -82,7 +82,7 @@ def add_product_(h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: 
     """
     if has_long_rows(x, lora_A):
         first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
-        return add_rowwise_(h, x, lora_A[None], scaling * lora_B.t()[None], first).flatten(0, 1)
+        return add_rowwise_(h, x, lora_A[None], scaling * lora_B[None], first).flatten(0, 1)
     thin = F.linear(x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype))
     h.view(-1, h.shape[-1]).addmm_(thin, lora_B.to(x.dtype).t(), alpha=scaling)
     return thin
