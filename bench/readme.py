@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import accuracy, anatomy, growth, inference, memory, original, peers, recipes, throughput
+from bench import accuracy, adapters, anatomy, growth, inference, memory, original, peers, recipes, throughput
 from bench.steps import held_bytes
 from bench.tables import prose
 from train.tables import markdown, mebibytes, quantity, size
@@ -155,6 +155,7 @@ TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy": accuracy.table,
     "recipes": recipes.table,
     "anatomy": anatomy.table,
+    "adapters": adapters.table,
 }
 
 if __name__ == "__main__":
