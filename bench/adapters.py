@@ -47,8 +47,8 @@ CONTENDERS = {
     "exact": "mixed batch, exact",
     "fast": "mixed batch, fast mode",
     "ready": "a merged model for each adapter",
-    "switch": "switch by name, then its rows",
-    "merge": "merge, its rows, unmerge",
+    "switch": "switch to each adapter",
+    "merge": "merge and unmerge each adapter",
     "peft": "PEFT, adapter_names",
 }
 OPERATIONS = {"switch": "switch by name", "load": "load from a folder", "merge": "merge and unmerge"}
@@ -73,10 +73,10 @@ class Range:
 
     model: str = "random:roberta-base"
     settings: tuple[Setting, ...] = (
-        Setting("auto", 54, (1, 4, 16, 64), (16, 64), rounds=3),
         Setting("auto", 12, (1, 4, 16, 64), (16, 64), rounds=5),
+        Setting("auto", 54, (1, 4, 16, 64), (64,), rounds=3),
+        Setting("fp32", 12, (16,), (), rounds=3),
         Setting("fp32", 54, (16,), (), rounds=3),
-        Setting("fp32", 12, (16, 64), (), rounds=3),
     )
     held: tuple[int, ...] = (1, 10, 100)  # adapters in memory
     switches: int = 400
@@ -99,10 +99,10 @@ def run(quick: bool) -> dict[str, Any]:
     print(f"adapters: {over.model}, switching", file=sys.stderr)
     switching = _switching(over, precision, device)
     print(f"adapters: {over.model}, memory", file=sys.stderr)
-    held = in_own_process("bench.adapters", over.model, precision, *map(str, over.held))
+    memory = in_own_process("bench.adapters", over.model, precision, *map(str, over.held))
     return {
         "seed": 0, "model": over.model, "precision": precision, "rows": ROWS,
-        "switching_milliseconds": switching, **held, "mixed": _mixed(over, device),
+        "switching_milliseconds": switching, **memory, "mixed": _mixed(over, device),
     }  # fmt: skip
 
 
@@ -115,23 +115,26 @@ def table(result: dict[str, Any]) -> str:
     for key, words in OPERATIONS.items():
         cells = [times[key][kind] for kind in kinds]
         operations.append([words, *(f"{quantity(t['median'])}, {quantity(t['p95'])}" for t in cells)])
-    memory = [["adapters", "bytes of their tensors", "all tensors", "process"]]
+    memory = [["adapters", "bytes of their tensors", "growth of all tensors", "growth of the process"]]
     first = result["memory"][0]
-    for held in result["memory"]:
-        grown = [f"{_growth(first, held, key):.3f}" if held != first else "" for key in _GROWING]
-        memory.append([f"{held['adapters']}", f"{held['adapter_bytes']:,}", *grown])
+    for each in result["memory"]:
+        grown = [f"{_growth(first, each, key):.3f}" if each != first else "" for key in _GROWING]
+        memory.append([f"{each['adapters']}", f"{each['adapter_bytes']:,}", *grown])
     parts = [
         prose(
-            f"{result['model']}, r = 8 on query and value, {result['rows']} rows; {result['device']}."
-            f" Switching and memory: with a head, {result['precision']}. Growth of memory since the first"
-            " adapter is divided by that of the adapters' own tensors."
+            f"{result['model']}, r = 8 on query and value; {result['device']}. Switching and memory:"
+            f" {result['precision']}, adapters with a head. The growth of memory since the first adapter is"
+            " relative to the bytes of the further adapters' tensors."
         ),
         markdown(operations),
         markdown(memory),
     ]
     for setting in _by_setting(result["mixed"]):
         row = setting[0]
-        columns = [f"{row['adapters']}{', skewed' * row['skewed']}" for row in setting]
+        columns = [
+            f"{row['adapters']}, skewed: {row['used']} used" if row["skewed"] else str(row["adapters"])
+            for row in setting
+        ]
         lines = [[f"articles per second, {_name(row)}; adapters", *columns]]
         for key, words in CONTENDERS.items():
             if key in row["milliseconds"]:
@@ -142,7 +145,7 @@ def table(result: dict[str, Any]) -> str:
 
 def figures(result: dict[str, Any], folder: Path) -> None:
     """adapters.png: articles per second against the number of adapters, a line for each contender."""
-    settings = _by_setting(result["mixed"])
+    settings = [rows for rows in _by_setting(result["mixed"]) if rows[0]["adapters"] < rows[-1]["adapters"]]
     figure, axes = plotting.panels(1, len(settings), 4.2, 3.4)
     colors = dict(zip(CONTENDERS, _COLORS, strict=True))
     for setting, axis in zip(settings, axes[0], strict=True):
@@ -230,17 +233,23 @@ _GROWING = ("tensor_bytes", "resident_bytes")
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints JSON: for each number of adapters, their bytes, and those of all tensors and of the process.
-
-    Each adapter has computed once, in the given precision.
-    """
+    """Prints `held` as JSON."""
     model_name, precision, *counts = arguments
     keep_freed_memory()
+    print(json.dumps(held(model_name, precision, [int(count) for count in counts])))
+    return 0
+
+
+def held(model_name: str, precision: str, counts: Sequence[int]) -> dict[str, Any]:
+    """For each number of adapters, the bytes of their tensors, of all tensors, and of the process.
+
+    Each adapter has computed once, because speed_up then keeps copies of frozen weights.
+    """
     device = resolve_device("auto")
     adapters = _adapters(model_name, 0, CONFIG, precision, device)
     batch = random_batch(1, 8, device)[0]
     rows = []
-    for count in map(int, counts):
+    for count in counts:
         for number in range(len(adapters.names), count):
             _add(adapters, number, CONFIG)
             adapters.use(str(number))
@@ -255,8 +264,7 @@ def main(arguments: Sequence[str]) -> int:
                 "resident_bytes": resident_bytes(device),
             }
         )
-    print(json.dumps({"memory": rows}))
-    return 0
+    return {"memory": rows}
 
 
 def _adapter_bytes(adapters: Adapters, name: str) -> int:
@@ -273,9 +281,9 @@ def _tensor_bytes() -> int:
     return sum(storages.values())
 
 
-def _growth(first: dict[str, int], held: dict[str, int], key: str) -> float:
+def _growth(first: dict[str, int], later: dict[str, int], key: str) -> float:
     """The growth of memory per byte of the further adapters' tensors."""
-    return (held[key] - first[key]) / (held["adapter_bytes"] - first["adapter_bytes"])
+    return (later[key] - first[key]) / (later["adapter_bytes"] - first["adapter_bytes"])
 
 
 # --- mixed batches ----------------------------------------------------------------------------------
@@ -306,7 +314,7 @@ def _mixed(over: Range, device: torch.device) -> list[dict[str, Any]]:
         for count, skewed in assignments:
             names = [str(number) for number in assigned(ROWS, count, skewed)]
             tasks = _tasks(adapters, merged, theirs, names, batch, precision)
-            seconds = time_in_turn(tasks, setting.rounds, device, warm_up=1)
+            seconds = time_in_turn(tasks, setting.rounds, device, warm_up=int(count == setting.counts[0]))
             rows.append(
                 {
                     "precision": precision,
@@ -389,12 +397,12 @@ def _sentences(result: dict[str, Any]) -> list[str]:
             if row["skewed"] or row["adapters"] == 1:
                 continue
             over = {kind: f"{value:.2f}" for kind, value in row["exact_over"].items()}
-            by_peft = f" and {over['peft']} times that of PEFT" if "peft" in over else ""
+            than_peft = f", and {over['peft']} times PEFT's" if "peft" in over else ""
             sentences.append(
-                f"{_name(row)}, {row['adapters']} adapters: the exact mode's throughput is {over['merged']} of"
-                f" that of one merged model{by_peft}. One adapter after another, it is {over['ready']} times"
-                f" that of merged models held ready, {over['switch']} times that of switching and"
-                f" {over['merge']} times that of merging."
+                f"{_name(row)}, {row['adapters']} adapters: the exact mode has {over['merged']} of the"
+                f" throughput of one merged model{than_peft}. It is {over['ready']} times as fast as merged"
+                f" models one after another, {over['switch']} times as fast as switching, and"
+                f" {over['merge']} times as fast as merging."
             )
     return sentences
 
