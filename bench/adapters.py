@@ -73,7 +73,7 @@ class Range:
 
     model: str = "random:roberta-base"
     settings: tuple[Setting, ...] = (
-        Setting("auto", 12, (1, 4, 16, 64), (16, 64), rounds=5),
+        Setting("auto", 12, (1, 4, 16, 64), (64,), rounds=5),
         Setting("auto", 54, (1, 4, 16, 64), (64,), rounds=3),
         Setting("fp32", 12, (16,), (), rounds=3),
         Setting("fp32", 54, (16,), (), rounds=3),
