@@ -14,7 +14,7 @@ STEP ?=
 .DEFAULT_GOAL := help
 .PHONY: help setup train anatomy which test test-long soak test-peers lint format clean
 .PHONY: learn learn-watch learn-reset learn-solution learn-peft
-.PHONY: bench bench-merging bench-peers bench-original bench-accuracy
+.PHONY: bench bench-merging bench-peers bench-adapters bench-original bench-accuracy
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -81,6 +81,10 @@ bench-merging: $(PEERS)/.run  ## rounding of merges and drift of weights, beside
 
 bench-peers: $(PEERS)/.run bench-merging  ## a training step beside PEFT's: time, memory, equal gradients
 	$(PEERS)/bin/python -m bench peers --save $(ARGS)
+	@$(PEERS)/bin/python -m bench.readme  # silent: the JSON is the last line of stdout
+
+bench-adapters: $(PEERS)/.run  ## many adapters on one base: switching, memory, mixed batches, beside PEFT
+	$(PEERS)/bin/python -m bench adapters --save $(ARGS)
 	@$(PEERS)/bin/python -m bench.readme  # silent: the JSON is the last line of stdout
 
 bench-original: $(PEERS)/.run  ## an epoch by the original project's procedure, beside ours; ARGS="--data FOLDER"

@@ -16,6 +16,7 @@ import torch
 
 from bench import (
     accuracy,
+    adapters,
     anatomy,
     growth,
     inference,
@@ -44,10 +45,11 @@ PARTS: dict[str, Any] = {
     "accuracy": accuracy,
     "recipes": recipes,
     "anatomy": anatomy,
+    "adapters": adapters,
 }
 DEFAULT_ALLOCATION = ("original",)  # measured with malloc's defaults, as the original's users have it
 WITH_DATA = ("original", "accuracy", "recipes")  # whose run() also takes AG News
-WITH_BASELINES = ("merging", "peers")  # which leave out baselines that are not installed
+WITH_BASELINES = ("merging", "peers", "adapters")  # which leave out baselines that are not installed
 ALL = ("throughput", "memory", "inference", "growth")  # the parts of "all": minutes, without baselines
 _ROOT = Path(__file__).parent.parent
 

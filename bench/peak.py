@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     kind, model_name, rows, length, precision = sys.argv[1:] if arguments is None else arguments
     keep_freed_memory()
     device = resolve_device("auto")
-    bare = _resident_bytes(device)
+    bare = resident_bytes(device)
     model = make_model(kind, model_name, int(rows), int(length), precision, device)
     components = memory_bytes(model)
     gc.collect()
@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _resident_bytes(device: torch.device) -> int:
+def resident_bytes(device: torch.device) -> int:
+    """The memory of the process now: on CUDA, of the allocator; otherwise the resident set."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return _status("VmRSS") or peak_memory_bytes(device)

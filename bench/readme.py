@@ -21,6 +21,7 @@ from typing import Any
 from bench import (
     RESULTS,
     accuracy,
+    adapters,
     anatomy,
     growth,
     inference,
@@ -165,6 +166,7 @@ TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {
     "accuracy": accuracy.table,
     "recipes": recipes.table,
     "anatomy": anatomy.table,
+    "adapters": adapters.table,
 }
 
 if __name__ == "__main__":

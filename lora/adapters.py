@@ -341,7 +341,8 @@ def _hook_tables(model: nn.Module) -> list[dict[int, Any]]:
 
 def _prepare(new: nn.Module, old: nn.Module) -> None:
     """Gives a module the mode, the speed-ups and the device of the one whose place it takes."""
-    new.train(old.training)
+    if new.training != old.training:
+        new.train(old.training)
     if hasattr(old, "on_inject"):
         old.on_inject(new)  # type: ignore[operator]
     for parameter in old.parameters():

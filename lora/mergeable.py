@@ -19,7 +19,7 @@ wait for the device, so it is only done while the adapter is trainable.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -49,6 +49,14 @@ class MergeableLinear(nn.Linear):
     watched_settings: ClassVar[tuple[str, ...]] = ()
     fan_in_fan_out: ClassVar[bool] = False  # whether `weight` is (in, out); PEFT's name
     base_output: Tensor | None = None  # W·x + b, while several adapters share it (lora/mixed.py)
+    # The state before the first merge, in the class: a layer that was never merged needs no memory for it.
+    enabled = True
+    _unmerged_weight: Tensor | None = None
+    _was_trainable = False
+    _merged_from: tuple[Tensor, ...] = ()
+    _merged_settings: Sequence[Any] = ()
+    _merged_rows = torch.empty(0, dtype=torch.int64)  # the rows that are watched while merged
+    _merged_versions: tuple[tuple[int, int], ...] | None = None
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a weight only to discard it
@@ -63,13 +71,6 @@ class MergeableLinear(nn.Linear):
             self.bias.requires_grad_(False)
         self.training = linear.training
         share_hooks(linear, self)
-        self.enabled = True
-        self._unmerged_weight: Tensor | None = None
-        self._was_trainable = False
-        self._merged_from: tuple[Tensor, ...] = ()
-        self._merged_settings: list[Any] = []
-        self._merged_rows = torch.empty(0, dtype=torch.int64)  # the rows that are watched while merged
-        self._merged_versions: tuple[tuple[int, int], ...] | None = None
 
     def merged_weight(self) -> Tensor:
         """The weight of the merged layer, (out, in), float64."""
@@ -93,6 +94,10 @@ class MergeableLinear(nn.Linear):
     def base_weight(self) -> Tensor:
         """W, (out, in): the weight without the adapter, merged or not."""
         return self.stored_weight
+
+    def is_rowwise(self, x: Tensor) -> bool:
+        """Whether `forward` in eval mode multiplies each row of the batch x by itself (lora/mixed.py)."""
+        return False
 
     def merge(self) -> None:
         """Replaces the weight by `merged_weight()`, rounded once to its dtype, and keeps a copy of W.

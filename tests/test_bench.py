@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_roberta
 
-from bench import growth, inference, peers
+from bench import adapters, growth, inference, peers
 from bench.__main__ import ALL, PARTS, main
 from bench.steps import (
     MODES,
@@ -318,6 +318,37 @@ def test_a_baseline_that_is_not_installed_is_left_out_by_name(monkeypatch, capsy
         lora, full = (row["milliseconds"][kind]["median"] for kind in ("lora", "full"))
         assert row["over_ours"]["full"] == pytest.approx(full / lora, rel=1e-2)  # of rounded milliseconds
     assert "PEFT" not in peers.table({"device": "a CPU", **result})
+
+
+def test_many_adapters_are_compared_without_peft_where_it_is_not_installed(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(adapters, "installed", list)
+    monkeypatch.setattr(adapters, "ROWS", 8)
+    monkeypatch.setattr(adapters, "in_own_process", lambda *_: adapters.held("random:minilm", "bf16", (1, 2)))
+    result = adapters.run(quick=True)
+    assert "peft is not installed, so it is left out" in capsys.readouterr().err
+    assert set(result["switching_milliseconds"]) == set(adapters.OPERATIONS)
+    for row in result["mixed"]:
+        assert set(row["milliseconds"]) == set(adapters.CONTENDERS) - {"peft"}
+        merged, exact = (row["milliseconds"][kind]["median"] for kind in ("merged", "exact"))
+        assert row["exact_over"]["merged"] == pytest.approx(merged / exact, rel=1e-2)
+    first, second = result["memory"]
+    assert first["adapter_bytes"] == 4 * (73_728 + 149_380)  # MiniLM's adapter and head, float32
+    # Neither a copy of a weight nor any other tensor comes with an adapter
+    assert second["tensor_bytes"] - first["tensor_bytes"] == first["adapter_bytes"]
+    text = adapters.table({"device": "a CPU", **result})
+    assert "PEFT" not in text
+    assert f"4, skewed: {result['mixed'][-1]['used']} used" in text
+    adapters.figures(result, tmp_path)
+    assert (tmp_path / "adapters.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_are_assigned_in_turn_or_by_zipfs_law():
+    assert adapters.assigned(6, 4, skewed=False) == [0, 1, 2, 3, 0, 1]
+    drawn = adapters.assigned(60_000, 3, skewed=True)
+    # 6/11, 3/11, 2/11; the standard deviation of a share is 0.002
+    assert [drawn.count(number) / len(drawn) for number in range(3)] == pytest.approx(
+        [6 / 11, 3 / 11, 2 / 11], abs=0.01
+    )
 
 
 def test_the_original_needs_its_own_packages(monkeypatch):

@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lora.fast.dropout import draw_keep, pack, unpack, zero_dropped
+from lora.mixed import add_rowwise_
 
 
 def is_traced() -> bool:
@@ -68,12 +69,23 @@ def lora_linear(
     return out
 
 
-def add_product(h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """Adds scaling·B·A·x to h = W·x + b, (..., out), by the operations of `lora_linear` in eval mode."""
-    rows = x.to(h.dtype).reshape(-1, x.shape[-1])  # (n, in)
-    thin = F.linear(rows, lora_A.to(h.dtype))  # (n, r)
-    flat = h.view(-1, h.shape[-1])
-    return torch.addmm(flat, thin, lora_B.to(h.dtype).t(), alpha=scaling).view_as(h)
+def has_long_rows(x: Tensor, lora_A: Tensor) -> bool:
+    """Whether x is a batch (n, L, in) with L >= r: a copy of A (r, in) for each row is no larger than x."""
+    return x.ndim == 3 and x.shape[1] >= len(lora_A)
+
+
+def add_product_(h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """Adds scaling·B·A·x to h (..., out) in place, and returns A·x of all tokens, (n, r). x has h's dtype.
+
+    A batch with long rows is multiplied row by row, so that each row is computed by the same operations
+    where the rows belong to different adapters (lora/mixed.py).
+    """
+    if has_long_rows(x, lora_A):
+        first = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+        return add_rowwise_(h, x, lora_A[None], scaling * lora_B[None], first).flatten(0, 1)
+    thin = F.linear(x.reshape(-1, x.shape[-1]), lora_A.to(x.dtype))
+    h.view(-1, h.shape[-1]).addmm_(thin, lora_B.to(x.dtype).t(), alpha=scaling)
+    return thin
 
 
 def outside_autocast(backward: Callable[[Any, Tensor], Any]) -> Callable[[Any, Tensor], Any]:
@@ -101,13 +113,13 @@ class _LoRALinear(torch.autograd.Function):
         else:
             torch.addmm(bias.to(x.dtype), rows, weight.to(x.dtype).t(), out=flat)
         packed = None
+        masked = x
         if dropout:
             keep = draw_keep(rows.shape, dropout, x.device)
             packed = pack(keep)
-            rows = zero_dropped(rows, keep)
-        thin = F.linear(rows, lora_A.to(x.dtype))  # (n, r)
+            masked = zero_dropped(rows, keep)
         ctx.scaling = scaling / (1 - dropout)
-        flat.addmm_(thin, lora_B.to(x.dtype).t(), alpha=ctx.scaling)
+        thin = add_product_(h, masked, lora_A, lora_B, ctx.scaling)  # (n, r)
         ctx.shape = x.shape
         needs_x, _, _, needs_A, *_ = ctx.needs_input_grad
         saved_x = x if needs_A else None

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lora.fast.function import add_product, can_fuse, cast_shared, is_traced, lora_linear
+from lora.fast.function import add_product_, can_fuse, cast_shared, has_long_rows, is_traced, lora_linear
 from lora.linear import LoRALinear
 
 
@@ -130,12 +130,19 @@ class FastLoRALinear(LoRALinear, FastLinear):
         if not self.merged and self.enabled:
             A, B = self.factors()
             if self.base_output is not None and can_fuse(x, self.weight, self.bias, A):
-                return add_product(self.base_output, x, A, B, self.scaling)
+                h = self.base_output.clone()
+                add_product_(h, x.to(h.dtype), A, B, self.scaling)
+                return h
             weight, bias = self.compute_weights()
             if can_fuse(x, weight, bias, A):
                 p = self.lora_dropout if self.training else 0.0
                 return lora_linear(x, weight, bias, A, B, self.scaling, p)
         return super().forward(x)
+
+    def is_rowwise(self, x: Tensor) -> bool:
+        """Whether `forward` in eval mode multiplies each row of the batch x by itself (lora/mixed.py)."""
+        A, _ = self.factors()
+        return has_long_rows(x, A) and can_fuse(x, self.weight, self.bias, A)
 
     def to_linear(self) -> nn.Linear:
         """A FastLinear with the same weight and bias Parameters, without the adapter."""
