@@ -53,7 +53,15 @@ CONTENDERS = {
     "peft": "PEFT, adapter_names",
 }
 OPERATIONS = {"switch": "switch by name", "load": "load from a folder", "merge": "merge and unmerge"}
-_COLORS = (plotting.GREY, plotting.BLUE, plotting.GREEN, "black", plotting.ORANGE, "#8e5ea2", plotting.RED)
+_COLORS = (
+    plotting.GREY,
+    plotting.BLUE,
+    plotting.GREEN,
+    "black",
+    plotting.ORANGE,
+    plotting.PURPLE,
+    plotting.RED,
+)
 HEADLESS = replace(CONFIG, modules_to_save=())  # PEFT has no mixed batches with RoBERTa's head
 
 

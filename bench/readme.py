@@ -18,19 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import (
-    RESULTS,
-    accuracy,
-    adapters,
-    anatomy,
-    growth,
-    inference,
-    memory,
-    original,
-    peers,
-    recipes,
-    throughput,
-)
+from bench import RESULTS
+from bench.__main__ import PARTS
 from bench.steps import held_bytes
 from bench.tables import prose
 from train.tables import markdown, mebibytes, quantity, size
@@ -155,18 +144,10 @@ def _merging(result: dict[str, Any]) -> str:
     )
 
 
+# A table of merging would be long: one sentence says the same.
 TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "throughput": throughput.table,
-    "memory": memory.table,
-    "inference": inference.table,
-    "growth": growth.table,
+    **{name: part.table for name, part in PARTS.items()},
     "merging": _merging,
-    "peers": peers.table,
-    "original": original.table,
-    "accuracy": accuracy.table,
-    "recipes": recipes.table,
-    "anatomy": anatomy.table,
-    "adapters": adapters.table,
 }
 
 if __name__ == "__main__":

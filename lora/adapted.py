@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TypeGuard
+import re
+from collections.abc import Mapping
+from typing import TypeGuard, TypeVar
 
 from torch import nn
 
@@ -10,6 +12,8 @@ from lora.config import LoraConfig
 from lora.linear import LoRALinear
 from lora.mergeable import MergeableLinear
 from lora.modules import unique_modules, unwrap
+
+T = TypeVar("T")
 
 
 def lora_layers(model: nn.Module) -> dict[str, MergeableLinear]:
@@ -39,6 +43,12 @@ def has_low_rank(layer: MergeableLinear) -> TypeGuard[LoRALinear]:
     if not issubclass(kind, LoRALinear) or kind.merged_weight is not LoRALinear.merged_weight:
         return False
     return kind.delta_weight is LoRALinear.delta_weight or kind.factors is not LoRALinear.factors
+
+
+def layer_patterns(values: Mapping[str, T]) -> dict[str, T]:
+    """A rank_pattern or alpha_pattern that gives each layer, by its full name, a value of its own."""
+    # The longest names first, because a name also matches longer ones that end with it.
+    return {re.escape(name): values[name] for name in sorted(values, key=len, reverse=True)}
 
 
 def has_adapter(model: nn.Module) -> bool:

@@ -137,14 +137,25 @@ class Adapters:
         Raises as `load_adapter` does.
         """
         adapter = read_adapter(folder)
+        self.load_read(name, adapter, folder, check_base, layer)
+        return adapter
+
+    def load_read(
+        self,
+        name: str,
+        adapter: Adapter,
+        folder: str | os.PathLike[str],
+        check_base: bool = True,
+        layer: type[MergeableLinear] | None = None,
+    ) -> None:
+        """`load` of an adapter that `read_adapter` has read from `folder`."""
         heads = {
-            name: _resized(module, name, adapter.tensors)
-            for name, module in saved_modules(self.model, adapter.config).items()
+            head: _resized(module, head, adapter.tensors)
+            for head, module in saved_modules(self.model, adapter.config).items()
         }
         self._add(
             name, adapter.config, heads, lambda: load_read(self.model, adapter, folder, check_base, layer)
         )
-        return adapter
 
     def use(self, name: str | None) -> None:
         """Makes this adapter the active one; None leaves the base alone."""
@@ -157,10 +168,10 @@ class Adapters:
     def remove(self, name: str) -> None:
         """Removes an adapter. If it was active, the base is left alone."""
         removed = self[name]
-        if name == self.active:
-            self.use(None)
         self._check_unchanged()
         with uninterrupted():
+            if name == self.active:
+                self._activate(None)
             del self._named[name]
             used = {slot for each in self._named.values() for slot in each.modules}
             for slot in removed.modules.keys() - used:
@@ -189,10 +200,9 @@ class Adapters:
         modules. If heads have different numbers of outputs, a row's further ones are -inf, which is
         probability 0.
 
-        exact: each adapter computes its thin products for the whole batch, and rows are selected. So each row
-        equals, bit for bit, the same batch computed with its adapter alone. exact=False multiplies each row
-        by its own matrices in one batched product (lora/mixed.py): faster with many adapters, equal to
-        rounding.
+        exact: each row equals, bit for bit, the same batch computed with its adapter alone. exact=False
+        equals it to rounding, and is faster where adapters have other ranks or are not `speed_up`
+        (lora/mixed.py).
 
         Raises RuntimeError in training mode.
         """
@@ -224,6 +234,7 @@ class Adapters:
         for name, numbers in rows.items():
             module = base if name is None else self._named[name].modules.get(slot, base)
             by_module.setdefault(module, []).append(numbers)
+        for module in by_module:
             _prepare(module, slot.get())
         if len(by_module) == 1:
             return module
@@ -231,9 +242,9 @@ class Adapters:
         return MixedModule(base, joined, sum(map(len, rows.values())), exact)
 
     def _add(
-        self, name: str, config: LoraConfig, modules: Mapping[str, nn.Module], inject: Callable[[], object]
+        self, name: str, config: LoraConfig, modules: Mapping[str, nn.Module], put_in: Callable[[], object]
     ) -> None:
-        """inject: puts the adapter into the base, in which copies of modules_to_save have been placed."""
+        """put_in: injects the adapter into the base, in which copies of modules_to_save have been placed."""
         if not isinstance(name, str) or not name:
             raise ValueError(f"name: {name!r} is not a non-empty string")
         if name in self._named:
@@ -246,7 +257,7 @@ class Adapters:
             hooks: list[Hook] = []
             try:
                 self._place_copies(config, modules)
-                inject()
+                put_in()
                 changed = {slot: slot.get() for slot, old in before.items() if slot.get() is not old}
                 saved = saved_modules(self.model, config)
                 layers = lora_layers(self.model)
@@ -311,17 +322,17 @@ class Adapters:
         """Raises RuntimeError if the model is not as this object left it."""
         if self._mixing:
             raise RuntimeError("inside rows(); leave the context first")
-        modules = {} if self.active is None else self._named[self.active].modules
+        active = None if self.active is None else self._named[self.active]
         for slot, base in self._base.items():
-            if slot.get() is not modules.get(slot, base):
+            if slot.get() is not (active.modules.get(slot, base) if active else base):
                 raise RuntimeError(
                     "the adapters of the model were changed by others, such as eject or inject"
                 )
-        for layer in self._named[self.active].layers.values() if self.active is not None else ():
+        for layer in active.layers.values() if active else ():
             if layer.merged or not layer.enabled:
                 state = "merged; unmerge" if layer.merged else "disabled; leave the context"
                 raise RuntimeError(f"the adapter {self.active!r} is {state} first")
-        if self.active is None and has_adapter(self.model):
+        if not active and has_adapter(self.model):
             raise RuntimeError("the model has an adapter without a name; eject it first")
 
 

@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lora.adapted import has_low_rank
+from lora.adapted import has_low_rank, layer_patterns
 from lora.adapters import Adapters
 from lora.anatomy import delta_svd
 from lora.config import LoraConfig
@@ -106,9 +105,7 @@ def _truncated(B: Tensor, A: Tensor, rank: int) -> tuple[tuple[Tensor, Tensor], 
 def _config(first: LoraConfig, ranks: Mapping[str, int]) -> LoraConfig:
     """The config of plain LoRA with scaling 1 on the layers with these names and ranks."""
     r = max(ranks.values())
-    # The longest names first, because a name also matches longer ones that end with it.
-    longest = sorted(ranks, key=len, reverse=True) if set(ranks.values()) != {r} else []
-    patterns = {re.escape(name): ranks[name] for name in longest}
+    patterns = layer_patterns(ranks) if set(ranks.values()) != {r} else {}
     return LoraConfig(
         r=r, lora_alpha=r, lora_dropout=first.lora_dropout, target_modules=tuple(ranks),
         modules_to_save=first.modules_to_save, rank_pattern=patterns, alpha_pattern=patterns,

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from test_any_model import gpt2
+from test_machine import fresh_net
 from torch import nn
 
 from lora import (
@@ -486,22 +487,6 @@ KINDS = (
     LoraConfig(r=3, peft_type="VERA"),
 )
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.block = nn.ModuleDict({"query": nn.Linear(6, 6), "value": nn.Linear(6, 6, bias=False)})
-        self.head = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.block["query"](x)) + self.block["value"](x))
-
-
-def fresh_net():
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        return Net().eval()
 
 
 class AdaptersMachine(RuleBasedStateMachine):

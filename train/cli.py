@@ -13,6 +13,7 @@ from pathlib import Path
 from lora.errors import UserError
 from train.command import CommandParser, print_error, run_command
 from train.config import RECIPES, Recipe, RecipeError, field_meant, load_recipe, nearest, parse_setting
+from train.data import DATA_HELP
 from train.distributed import env_rank
 from train.hardware import keep_freed_memory
 from train.job import run_job
@@ -35,10 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--model", metavar="M", help="minilm, a folder, a RoBERTa on the hub, or random:minilm"
     )
-    parser.add_argument(
-        "--data", metavar="D",
-        help="bbc, bbc:CLASS,CLASS (some of its classes), ag_news, a dataset on the hub, or a folder of CSVs",
-    )  # fmt: skip
+    parser.add_argument("--data", metavar="D", help=DATA_HELP)
     parser.add_argument(
         "--layer", metavar="FILE.py:Class", help="a layer class of your own in place of LoRALinear"
     )

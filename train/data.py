@@ -20,6 +20,7 @@ from lora.errors import UserError, first_line
 from train.bbc import Rows, is_bbc, read_bbc
 
 AG_NEWS_ON_HUB = "fancyzhx/ag_news"
+DATA_HELP = "bbc, bbc:CLASS,CLASS (some of its classes), ag_news, a dataset on the hub, or a folder of CSVs"
 
 
 class DataError(UserError, ValueError):

@@ -12,7 +12,7 @@ from model import speed_up
 from train.batches import encode
 from train.command import CommandParser, run_command
 from train.config import Recipe
-from train.data import load_news
+from train.data import DATA_HELP, load_news
 from train.hardware import resolve_device, resolve_precision
 from train.inference import predict_logits
 from train.metrics import Scores
@@ -28,10 +28,7 @@ def main(arguments: list[str] | None = None) -> int:
         "Prints a table by class for one RUN, and a row per RUN for several.",
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN")
-    parser.add_argument(
-        "--data", metavar="D",
-        help="bbc, bbc:CLASS,CLASS (some of its classes), ag_news, a dataset on the hub, or a folder of CSVs",
-    )  # fmt: skip
+    parser.add_argument("--data", metavar="D", help=DATA_HELP)
     parser.add_argument(
         "--json", action="store_true", help="print a JSON object per RUN, one per line, instead of the table"
     )

@@ -130,7 +130,7 @@ def load_adapters(
     model, tokenizer = first.load_base()
     loaded, trained = Adapters(model), {}
     for name, adapter in adapters.items():
-        loaded.load(name, adapter.folder, layer=adapter.layer)
+        loaded.load_read(name, adapter.content, adapter.folder, layer=adapter.layer)
         trained[name] = _trained(adapter, model, tokenizer)
     if text:
         _require_tokenizer(trained[next(iter(trained))], first.folder)

@@ -17,14 +17,13 @@ rank_pattern and alpha_pattern, in memory and in its folder.
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lora.adapted import has_adapter, product_layers
+from lora.adapted import has_adapter, layer_patterns, product_layers
 from lora.config import LoraConfig
 from lora.inject import Injection, find_targets, inject
 from lora.linear import LoRALinear
@@ -58,13 +57,11 @@ def inject_eva(
     for name, layer in settings.items():
         growth = ranks[name] / layer["r"]
         alphas[name] = layer["lora_alpha"] * (growth**0.5 if config.use_rslora else growth)
-    # The longest names first, because a name also matches longer ones that end with it.
-    patterns = {name: re.escape(name) for name in sorted(ranks, key=len, reverse=True)}
     config = dataclasses.replace(
         config,
         init_lora_weights=True,
-        rank_pattern={pattern: ranks[name] for name, pattern in patterns.items()},
-        alpha_pattern={pattern: alphas[name] for name, pattern in patterns.items()},
+        rank_pattern=layer_patterns(ranks),
+        alpha_pattern=layer_patterns(alphas),
     )
     injection = inject(model, config, seed)
     with torch.no_grad():
