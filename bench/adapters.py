@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from bench import plotting
 from bench.baselines import installed
@@ -276,8 +277,8 @@ def _adapter_bytes(adapters: Adapters, name: str) -> int:
 
 
 def _tensor_bytes() -> int:
-    """The memory of all tensors of the process, each storage once."""
-    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+    """The memory of all tensors of the process, each storage once. Tensors of other classes have none."""
+    tensors = [each for each in gc.get_objects() if type(each) in (Tensor, Parameter)]
     storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in tensors}
     return sum(storages.values())
 
