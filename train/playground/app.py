@@ -46,8 +46,7 @@ def serve(folders: Sequence[Path], report: Report) -> None:
     # The browser needs a core too: torch's threads wait for each other at every step if they share one.
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     report("loading")
-    demo = build(Served(folders))
-    _, url, _ = launch(demo)
+    demo, url = launch(Served(folders))
     report(f"open {url} in a browser; Ctrl-C ends it")
     try:
         threading.Event().wait()
@@ -55,13 +54,15 @@ def serve(folders: Sequence[Path], report: Report) -> None:
         demo.close(verbose=False)
 
 
-def launch(demo: gr.Blocks) -> Any:
-    """Starts the server on a free port of the loopback address. Returns gradio's app, URL and share URL."""
-    return demo.launch(
+def launch(served: Served) -> tuple[gr.Blocks, str]:
+    """Starts the server on a free port of the loopback address. Returns the page, to close, and its URL."""
+    demo = build(served)
+    _, url, _ = demo.launch(
         server_name=_HOST, share=False, prevent_thread_lock=True, quiet=True, inbrowser=False, ssr_mode=False,
-        pwa=False, mcp_server=False, enable_monitoring=False, footer_links=["api"], css=_css(),
+        pwa=False, mcp_server=False, enable_monitoring=False, footer_links=[], css=_css(served),
         theme=_theme(), app_kwargs={"middleware": [Middleware(Guard)], "docs_url": None, "redoc_url": None},
     )  # fmt: skip
+    return demo, url
 
 
 class Guard:
@@ -121,7 +122,8 @@ def build(served: Served) -> gr.Blocks:
                 example = gr.Dropdown(
                     _examples(run), value=None, label="or an example from the test part", elem_id="example"
                 )
-            probabilities = gr.HTML(elem_id="probabilities")
+            with gr.Column():
+                probabilities = gr.HTML(elem_id="probabilities")
         tokens = gr.HTML(elem_id="tokens")
 
         gr.HTML("<h2>Turn the knobs</h2>")
@@ -155,7 +157,8 @@ def build(served: Served) -> gr.Blocks:
                     )
                     for each in served.runs.values()
                 ]  # fmt: skip
-            mixed = gr.HTML(elem_id="mixed")
+            with gr.Column():
+                mixed = gr.HTML(elem_id="mixed")
 
         gr.HTML("<h2>Merge</h2>")
         gr.HTML(page.show_note(
@@ -384,11 +387,20 @@ def _examples(run: ServedRun) -> list[tuple[str, int]]:
 
 
 def _theme() -> Any:
-    return gr.themes.Default(
+    """Gradio's default theme with the fonts of the computer, and grey texts with enough contrast."""
+    theme = gr.themes.Default(
         primary_hue="blue", neutral_hue="slate", font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
     )  # fmt: skip
+    soft = "*body_text_color_subdued"
+    return theme.set(
+        body_text_color_subdued="#59636e", body_text_color_subdued_dark="#9aa4af",
+        block_info_text_color=soft, block_info_text_color_dark=soft,
+        block_label_text_color=soft, block_label_text_color_dark=soft,
+    )  # fmt: skip
 
 
-def _css() -> str:
-    return (Path(__file__).parent.parent / "templates" / "playground.css").read_text(encoding="utf-8")
+def _css(served: Served) -> str:
+    projections = max(len({position(name).projection for name in run.layers}) for run in served.runs.values())
+    rules = (Path(__file__).parent.parent / "templates" / "playground.css").read_text(encoding="utf-8")
+    return f"{rules}:root {{ --projections: {projections}; }}"
