@@ -104,7 +104,7 @@ class Served:
         Also the number of `tokens` that the model read, and of `characters` that they cover.
         """
         run = self._run(name)
-        self._check_text(text)
+        text = self._read(text)
         found: dict[str, Any] = {"labels": list(self.labels)}
         changes = {"base": Knobs(layers=()), "adapter": Knobs(), "knobs": knobs}
         with self._lock:
@@ -125,7 +125,7 @@ class Served:
         1311.2901). A piece is a token, or in long texts several neighbouring tokens.
         """
         run = self._run(name)
-        self._check_text(text)
+        text = self._read(text)
         with self._lock:
             spans = _spans(run.trained, text)
             ids = torch.tensor([_token_ids(run.trained, text)])
@@ -154,7 +154,7 @@ class Served:
     def excitation(self, name: str, text: str) -> tuple[list[str], dict[str, list[float]]]:
         """The tokens of a text, and ‖A·x‖ by layer for each of them: how strongly A responds to its input."""
         run = self._run(name)
-        self._check_text(text)
+        text = self._read(text)
         if run.off:
             raise InputError(run.off)
         norms: dict[str, list[float]] = {}
@@ -189,7 +189,7 @@ class Served:
         The key of the sum is "sum". Its head is that of the run with the largest weight. Without weights
         there is no sum.
         """
-        self._check_text(text)
+        text = self._read(text)
         for name, weight in weights.items():
             if type(weight) not in (int, float) or not -100 <= weight <= 100:
                 raise InputError(f"weight of {name!r}: {weight!r} is not a number from -100 to 100")
@@ -213,7 +213,7 @@ class Served:
     def merge_and_unmerge(self, name: str, text: str) -> dict[str, Any]:
         """Merges an adapter and unmerges it: probabilities, digests of all weights, and seconds."""
         run = self._run(name)
-        self._check_text(text)
+        text = self._read(text)
         with self._lock, self._changed(run, Knobs()):
             found: dict[str, Any] = {"labels": list(self.labels), "digest_before": self._weights_digest()}
             found["unmerged"] = self._probabilities(run.trained, [text])[0].tolist()
@@ -249,7 +249,8 @@ class Served:
             raise InputError(f"run: {name!r} is not one of {', '.join(self.runs)}")
         return self.runs[name]
 
-    def _check_text(self, text: str) -> None:
+    def _read(self, text: str) -> str:
+        """The text, checked, and cut after a word if the part before has more tokens than any run reads."""
         if not isinstance(text, str):
             raise InputError("the text is not a string")
         if not text.strip():
@@ -258,6 +259,11 @@ class Served:
             raise InputError(f"the text has {len(text):,} characters; the limit is {LONGEST_TEXT:,}")
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise InputError("the text is not Unicode: it has a lone surrogate")
+        run = max(self.runs.values(), key=lambda run: run.trained.max_length_tokens)
+        start = text[: 50 * run.trained.max_length_tokens].rpartition(" ")[0]
+        with self._lock:
+            enough = len(_token_ids(run.trained, start)) == run.trained.max_length_tokens
+        return start if enough else text
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
