@@ -90,7 +90,7 @@ class Browser:
         """The value of a JavaScript expression in the page; promises are waited for."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
-        return result["result"]["value"]
+        return result["result"].get("value")  # undefined has none
 
     def screenshot(self, path: Path) -> None:
         """The whole page, from top to bottom."""

@@ -1,0 +1,150 @@
+"""What the controls of the playground's page do: their values in, parts of the page out."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import gradio as gr
+
+from train.anatomy.run import position, short_name
+from train.playground import page
+from train.playground.runs import ServedRun
+from train.playground.served import InputError, Knobs, Served
+from train.tables import excerpt
+
+PRESETS = ("the adapter", "rank 1", "only the top block", "opposite", "base")
+_MOST_TRIES = 200  # settings that a visitor's curve shows
+
+
+def _shown(function: Callable[..., str]) -> Callable[..., str]:
+    """The method with the message of an InputError as its result."""
+
+    @functools.wraps(function)
+    def call(*values: Any) -> str:
+        try:
+            return function(*values)
+        except InputError as error:
+            return page.show_message(str(error))
+
+    return call
+
+
+class Handlers:
+    """The functions that gradio calls. knobs: the run's name, scale, rank, and the layers that are on."""
+
+    def __init__(self, served: Served):
+        self.served = served
+
+    @_shown
+    def classify(self, text: str, *knobs: Any) -> str:
+        """The class probabilities of the text."""
+        run, changed = self._turned(*knobs)
+        return page.show_probabilities(self.served.classify(run.name, text, changed), text)
+
+    @_shown
+    def explain(self, text: str, *knobs: Any) -> str:
+        """The text, coloured by influence."""
+        run, changed = self._turned(*knobs)
+        return page.show_tokens(*self.served.influence(run.name, text, changed), text)
+
+    def sample(self, session: dict[str, Any], *knobs: Any) -> Iterator[tuple[Any, Any]]:
+        """The accuracy on the sample so far; at the end also the curve of what this visitor has tried.
+
+        session: of the visitor. It is changed in place, so that an older computation sees a newer one, and
+        stops.
+        """
+        run, changed = self._turned(*knobs)
+        session["latest"] += 1
+        number = session["latest"]
+        for rows, scores in self.served.score(run.name, changed):
+            if session["latest"] != number:
+                return
+            yield page.show_score("validation articles", rows, scores), gr.skip()
+        session["tries"].append({"knobs": page.describe(run, changed), "accuracy": scores.accuracy})
+        del session["tries"][:-_MOST_TRIES]
+        yield gr.skip(), page.show_history(session["tries"])
+
+    def score_test(self, *knobs: Any) -> Iterator[str]:
+        """The scores on the test part so far."""
+        run, changed = self._turned(*knobs)
+        for rows, scores in self.served.score(run.name, changed, "test"):
+            yield page.show_score("test articles", rows, scores, interval=True)
+
+    def look_inside(self, *knobs: Any) -> str:
+        """The spectra and sizes of ΔW."""
+        return page.show_spectra(*self._turned(*knobs))
+
+    @_shown
+    def excite(self, text: str, name: str) -> str:
+        """‖A·x‖ by layer and token."""
+        return page.show_excitation(*self.served.excitation(name, text))
+
+    @_shown
+    def compare(self, text: str, *weights: float) -> str:
+        """The class probabilities by each run and by the weighted sum."""
+        by_name = zip(self.served.runs.values(), weights, strict=True)
+        found = self.served.mix(text, {run.name: weight for run, weight in by_name if not run.off})
+        return page.show_mix(self.served.labels, found)
+
+    @_shown
+    def merge_now(self, text: str, name: str) -> str:
+        """What merging and unmerging did."""
+        return page.show_merge(self.served.merge_and_unmerge(name, text))
+
+    def choose(self, name: str) -> tuple[Any, ...]:
+        """The controls for another run: rank, layers and examples; and its name, which they belong to."""
+        run = self.served.runs[name]
+        return (
+            gr.Slider(**rank_settings(run)),
+            gr.CheckboxGroup(**layer_settings(run)),
+            gr.Dropdown(example_choices(run), value=None),
+            name,
+        )
+
+    def pick(self, name: str, number: int | None) -> Any:
+        """The text of an example."""
+        return gr.skip() if number is None else self.served.runs[name].examples[number].text
+
+    def preset(self, preset: str, name: str) -> tuple[float, int, list[str]]:
+        """Scale, rank and layers of one of PRESETS."""
+        run = self.served.runs[name]
+        top = max(position(each).block for each in run.layers)
+        layers = [
+            each for each in run.layers if preset != "only the top block" or position(each).block == top
+        ]
+        scale = -1.0 if preset == "opposite" and not run.off else 1.0
+        rank = 1 if preset == "rank 1" else max(run.rank, 1)
+        return scale, rank, [] if preset == "base" else layers
+
+    def _turned(self, name: str, scale: float, rank: float, layers: list[str]) -> tuple[ServedRun, Knobs]:
+        run = self.served.runs[name]
+        on = tuple(each for each in run.layers if each in layers)
+        return run, Knobs(
+            1.0 if run.off else scale,
+            None if run.off or rank >= run.rank else int(rank),
+            None if len(on) == len(run.layers) else on,
+        )
+
+
+def rank_settings(run: ServedRun) -> dict[str, Any]:
+    """The rank slider of a run."""
+    return {
+        "minimum": 0, "maximum": max(run.rank, 1), "value": max(run.rank, 1), "step": 1,
+        "label": "rank kept", "interactive": not run.off,
+        "info": f"off: {run.off}" if run.off else "the strongest singular values of ΔW in each layer",
+    }  # fmt: skip
+
+
+def layer_settings(run: ServedRun) -> dict[str, Any]:
+    """The switches of a run's layers."""
+    choices = [(short_name(name), name) for name in run.layers]
+    return {"choices": choices, "value": list(run.layers), "label": "layers with the adapter"}
+
+
+def example_choices(run: ServedRun) -> list[tuple[str, int]]:
+    """The examples of a run, by their numbers."""
+    kinds = [f"mistake: {each.wrong} for {each.label}" if each.wrong else each.label for each in run.examples]
+    pairs = zip(kinds, run.examples, strict=True)
+    return [(f"{kind} · {excerpt(each.text, 40)}", number) for number, (kind, each) in enumerate(pairs)]
