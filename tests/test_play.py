@@ -261,8 +261,8 @@ PROBABILITIES = """(selector) => [...document.querySelectorAll(selector + ' tbod
   row => [...row.querySelectorAll('[data-p]')].map(cell => Number(cell.dataset.p)))"""
 CUT_OFF = """() => [...document.querySelectorAll('.gradio-container *')].filter(e => {
   const box = e.getBoundingClientRect(), style = getComputedStyle(e);
-  if (!box.width || style.visibility === 'hidden' || e.closest('textarea, input, .scroll, .hide, svg'))
-    return false;
+  if (!box.width || style.visibility === 'hidden') return false;
+  if (e.closest('textarea, input, .scroll:has(.heat), .hide, svg')) return false;
   if (![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())) return false;
   for (let outer = e; outer && !outer.matches('.gradio-container'); outer = outer.parentElement) {
     const around = outer.getBoundingClientRect(), clips = getComputedStyle(outer);
@@ -304,7 +304,7 @@ class Visitor:
         """Waits for the accuracy on the sample."""
         *_, (rows, scores) = self.served.score(name, knobs)
         wanted = f"{100 * scores.accuracy:.2f}% of {rows} validation articles"
-        self.until(lambda: " ".join(self.text("#accuracy").split()) == wanted, wanted)
+        self.until(lambda: " ".join(self.text("#accuracy").split()) == wanted, (wanted, name, knobs))
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
@@ -319,6 +319,7 @@ def test_every_control_in_a_browser(page, tmp_path, width, scheme):
         browser.show(width, 900, scheme)
         browser.open(f"http://{host}/")
         drive(visitor)
+        assert visitor.browser.ask("document.querySelectorAll('.toast-body').length") == 0
         dark = browser.ask("document.body.classList.contains('dark')")
         assert dark == (scheme == "dark")
         for name in ("one", "dora"):
@@ -375,8 +376,7 @@ def drive(visitor):
     visitor.until(
         lambda: visitor.browser.ask("document.querySelectorAll('#spectra .cut').length") == 8, "cut"
     )
-    boxes = "document.querySelectorAll('#layers input')"
-    visitor.browser.ask(f"{boxes}[0].click()")
+    do(CLICK, "#layers label", "0 query")
     visitor.shows("one", TEXT, Knobs(-1, 1, tuple(layers[1:])))
     visitor.scores("one", Knobs(-1, 1, tuple(layers[1:])))
     visitor.until(lambda: "one, scale -1, rank 1, without 0 query" in visitor.text("#curve"), "curve")
@@ -416,10 +416,16 @@ def drive(visitor):
     assert served.merge_and_unmerge("one", TEXT)["digest_before"] in visitor.text("#merged")
 
     # another run, with other controls
+    visitor.scores("one", Knobs())
+    tried = visitor.browser.ask("document.querySelectorAll('#curve circle').length")
     do(CLICK, "#run label", "dora")
     visitor.shows("dora", TEXT, Knobs())
     visitor.until(lambda: "off: the update of a DoRALinear" in visitor.text("#rank"), "off")
     assert visitor.browser.ask("document.querySelector('#rank input').disabled")
     assert "Not shown: the update of a DoRALinear" in visitor.text("#spectra")
-    visitor.browser.ask(f"{boxes}[3].click()")
+    assert visitor.browser.ask("document.querySelector('#scale input').disabled")
+    visitor.until(lambda: visitor.text("#curve td").startswith("dora, scale 1"), "curve")
+    assert visitor.browser.ask("document.querySelectorAll('#curve circle').length") == tried + 1
+    do(CLICK, "#layers label", "0 value")  # which dora does not adapt
+    do(CLICK, "#layers label", "1 key")
     visitor.shows("dora", TEXT, Knobs(layers=tuple(served.runs["dora"].layers)[:3]))

@@ -21,7 +21,14 @@ from train.anatomy.run import position
 from train.playground import page
 from train.playground.api import add_api
 from train.playground.guard import HOST, Guard
-from train.playground.handlers import PRESETS, Handlers, example_choices, layer_settings, rank_settings
+from train.playground.handlers import (
+    PRESETS,
+    Handlers,
+    example_choices,
+    layer_settings,
+    rank_settings,
+    scale_settings,
+)
 from train.playground.served import Served
 
 Report = Callable[[str], None]
@@ -57,11 +64,9 @@ def build(served: Served) -> gr.Blocks:
     run = served.runs[names[0]]
     on = Handlers(served)
     live = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": None}
-    latest = {"trigger_mode": "always_last", **live}
     with gr.Blocks(title="LoRA playground", analytics_enabled=False) as demo:
         gr.HTML(page.show_head(served))
-        tries = gr.State({"latest": 0, "tries": []})
-        chosen = gr.State(names[0])  # follows the radio button as soon as the other controls fit the run
+        session = gr.State({})
         name = gr.Radio(names, value=names[0], label="run", visible=len(names) > 1, elem_id="run")
 
         gr.HTML("<h2>Try</h2>")
@@ -82,11 +87,12 @@ def build(served: Served) -> gr.Blocks:
         with gr.Row():
             with gr.Column():
                 scale = gr.Slider(
-                    -1, 2, 1, step=0.05, label="scale of ΔW", info="1 is the adapter, 0 the base",
-                    elem_id="scale", buttons=[],
-                )  # fmt: skip
-                rank = gr.Slider(**rank_settings(run), elem_id="rank", buttons=[])
-                layers = gr.CheckboxGroup(**layer_settings(run), elem_id="layers")
+                    -1, 2, step=0.05, label="scale of ΔW", elem_id="scale", buttons=[], **scale_settings(run)
+                )
+                rank = gr.Slider(label="rank kept", elem_id="rank", buttons=[], **rank_settings(served, run))
+                layers = gr.CheckboxGroup(
+                    label="layers with the adapter", elem_id="layers", **layer_settings(served, run)
+                )
                 with gr.Row(elem_id="presets"):
                     presets = {preset: gr.Button(preset, size="sm", min_width=100) for preset in PRESETS}
             with gr.Column():
@@ -120,21 +126,32 @@ def build(served: Served) -> gr.Blocks:
         merged = gr.HTML(elem_id="merged")
         gr.HTML("<h2>HTTP API</h2>")
 
-        knobs = [chosen, scale, rank, layers]
-        moved = [demo.load, *(control.change for control in knobs)]
-        name.change(on.choose, name, [rank, layers, example, chosen], **live)
-        example.input(on.pick, [chosen, example], text, **live)
-        for preset, button in presets.items():
-            button.click(functools.partial(on.preset, preset), chosen, [scale, rank, layers], **live)
-        gr.on([text.change, *moved], on.classify, [text, *knobs], probabilities, **latest)
-        gr.on([text.change, *moved], on.explain, [text, *knobs], tokens, **latest)
-        gr.on(moved, on.sample, [tries, *knobs], [accuracy, curve], trigger_mode="multiple", **live)
-        gr.on(moved, on.look_inside, knobs, spectra, **latest)
-        gr.on([demo.load, text.change, chosen.change], on.excite, [text, chosen], heat, **latest)
-        weighed = [demo.load, text.change, *(weight.change for weight in weights)]
-        gr.on(weighed, on.compare, [text, *weights], mixed, **latest)
+        knobs = [name, scale, rank, layers]
+        example.input(on.pick, [name, example], text, **live)
+        by_run = [name.input(on.choose, name, [scale, rank, layers, example], **live)]
+        by_preset = [
+            button.click(functools.partial(on.preset, preset), name, [scale, rank, layers], **live)
+            for preset, button in presets.items()
+        ]
+        by_hand = [demo.load, scale.input, rank.input, layers.input]
+
+        def listen(triggers: list[Any], changes: list[Any], *event: Any, **how: Any) -> None:
+            """Listens to a visitor's input, and to changes by the server, which raise no input event."""
+            gr.on(triggers, *event, **how, **live)
+            for change in changes:
+                change.then(*event, **how, **live)
+
+        moved = by_run + by_preset
+        latest = {"trigger_mode": "always_last"}
+        listen([text.change, *by_hand], moved, on.classify, [text, *knobs], probabilities, **latest)
+        listen([text.change, *by_hand], moved, on.explain, [text, *knobs], tokens, **latest)
+        listen(by_hand, moved, on.sample, [session, *knobs], [accuracy, curve], trigger_mode="multiple")
+        listen(by_hand, moved, on.look_inside, knobs, spectra, **latest)
+        listen([demo.load, text.change], by_run, on.excite, [text, name], heat, **latest)
+        weighed = [demo.load, text.change, *(weight.input for weight in weights)]
+        listen(weighed, [], on.compare, [text, *weights], mixed, **latest)
         test.click(on.score_test, knobs, test_score, trigger_mode="once", **live)
-        merge.click(on.merge_now, [text, chosen], merged, trigger_mode="once", **live)
+        merge.click(on.merge_now, [text, name], merged, trigger_mode="once", **live)
         gr.HTML(page.show_api(run, add_api(served)))
     return demo
 

@@ -53,18 +53,21 @@ class Handlers:
         """The accuracy on the sample so far; at the end also the curve of what this visitor has tried.
 
         session: of the visitor. It is changed in place, so that an older computation sees a newer one, and
-        stops.
+        stops. Moving several controls at once asks several times for the same, which is computed once.
         """
-        run, changed = self._turned(*knobs)
-        session["latest"] += 1
-        number = session["latest"]
+        run, changed = asked = self._turned(*knobs)
+        if session.get("asked") == asked:
+            yield gr.skip(), gr.skip()
+            return
+        session["asked"] = asked
         for rows, scores in self.served.score(run.name, changed):
-            if session["latest"] != number:
+            if session["asked"] != asked:
                 return
             yield page.show_score("validation articles", rows, scores), gr.skip()
-        session["tries"].append({"knobs": page.describe(run, changed), "accuracy": scores.accuracy})
-        del session["tries"][:-_MOST_TRIES]
-        yield gr.skip(), page.show_history(session["tries"])
+        tries = session.setdefault("tries", [])
+        tries.append({"knobs": page.describe(run, changed), "accuracy": scores.accuracy})
+        del tries[:-_MOST_TRIES]
+        yield gr.skip(), page.show_history(tries)
 
     def score_test(self, *knobs: Any) -> Iterator[str]:
         """The scores on the test part so far."""
@@ -94,13 +97,13 @@ class Handlers:
         return page.show_merge(self.served.merge_and_unmerge(name, text))
 
     def choose(self, name: str) -> tuple[Any, ...]:
-        """The controls for another run: rank, layers and examples; and its name, which they belong to."""
+        """The controls for another run: scale, rank, layers and examples."""
         run = self.served.runs[name]
         return (
-            gr.Slider(**rank_settings(run)),
-            gr.CheckboxGroup(**layer_settings(run)),
+            gr.Slider(**scale_settings(run)),
+            gr.Slider(**rank_settings(self.served, run)),
+            gr.CheckboxGroup(**layer_settings(self.served, run)),
             gr.Dropdown(example_choices(run), value=None),
-            name,
         )
 
     def pick(self, name: str, number: int | None) -> Any:
@@ -115,7 +118,7 @@ class Handlers:
             each for each in run.layers if preset != "only the top block" or position(each).block == top
         ]
         scale = -1.0 if preset == "opposite" and not run.off else 1.0
-        rank = 1 if preset == "rank 1" else max(run.rank, 1)
+        rank = 1 if preset == "rank 1" and not run.off else rank_settings(self.served, run)["value"]
         return scale, rank, [] if preset == "base" else layers
 
     def _turned(self, name: str, scale: float, rank: float, layers: list[str]) -> tuple[ServedRun, Knobs]:
@@ -128,19 +131,37 @@ class Handlers:
         )
 
 
-def rank_settings(run: ServedRun) -> dict[str, Any]:
-    """The rank slider of a run."""
+def scale_settings(run: ServedRun) -> dict[str, Any]:
+    """The scale slider of a run."""
+    info = f"off: {run.off}" if run.off else "1 is the adapter, 0 the base, -1 its opposite"
+    return {"value": 1, "interactive": not run.off, "info": info}
+
+
+def rank_settings(served: Served, run: ServedRun) -> dict[str, Any]:
+    """The rank slider of a run. Its range is that of all runs; a rank above the run's cuts nothing."""
+    largest = max(1, *(each.rank for each in served.runs.values()))
+    info = f"off: {run.off}" if run.off else f"of r = {run.rank}: the largest singular values of each ΔW"
     return {
-        "minimum": 0, "maximum": max(run.rank, 1), "value": max(run.rank, 1), "step": 1,
-        "label": "rank kept", "interactive": not run.off,
-        "info": f"off: {run.off}" if run.off else "the strongest singular values of ΔW in each layer",
+        "minimum": 0, "maximum": largest, "value": run.rank or largest, "step": 1, "interactive": not run.off,
+        "info": info,
     }  # fmt: skip
 
 
-def layer_settings(run: ServedRun) -> dict[str, Any]:
-    """The switches of a run's layers."""
-    choices = [(short_name(name), name) for name in run.layers]
-    return {"choices": choices, "value": list(run.layers), "label": "layers with the adapter"}
+def layer_settings(served: Served, run: ServedRun) -> dict[str, Any]:
+    """The switches of the layers that any run adapts, with those of this run on.
+
+    They are the same for all runs, as the range of the ranks is: gradio refuses values outside, and when a
+    visitor chooses another run, requests with the values of the one before may still be on their way.
+    """
+    names = sorted({name for each in served.runs.values() for name in each.layers}, key=_by_block)
+    others = len(names) - len(run.layers)
+    info = f"{run.name} adapts {len(run.layers)} of these; the others have no effect" if others else None
+    return {"choices": [(short_name(name), name) for name in names], "value": list(run.layers), "info": info}
+
+
+def _by_block(name: str) -> tuple[int, str]:
+    at = position(name)
+    return at.block, at.projection
 
 
 def example_choices(run: ServedRun) -> list[tuple[str, int]]:
