@@ -17,11 +17,13 @@ import pytest
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # as train.playground sets it
 pytest.importorskip("gradio", reason="gradio is not installed here; make test-play installs it")
 
+import gradio_client
 from browser import CHROMIUM, Browser
 from test_playground import ODD_TEXTS, SCRIPT, TEXT, folders, shared  # noqa: F401
 
 from train.playground import __main__ as command
 from train.playground import app
+from train.playground.page import describe
 from train.playground.served import LONGEST_TEXT, Knobs
 
 CONNECTED = []  # the addresses that this process has connected to
@@ -94,6 +96,8 @@ def test_the_api_gives_the_numbers_of_the_page(page):
     runs = call(host, "runs")
     assert list(runs) == list(served.runs)
     assert runs["one"]["singular_values"] == run.spectra
+    client = gradio_client.Client(f"http://{host}", verbose=False, analytics_enabled=False)
+    assert client.predict("one", TEXT, api_name="/predict") == served.classify("one", TEXT, Knobs())
     described = json.loads(request(host, "GET", "/gradio_api/info")[1])["named_endpoints"]
     assert set(described) == {
         f"/{name}" for name in ("runs", "predict", "influence", "accuracy", "excitation", "mix", "merge")
@@ -303,7 +307,8 @@ class Visitor:
     def scores(self, name, knobs):
         """Waits for the accuracy on the sample."""
         *_, (rows, scores) = self.served.score(name, knobs)
-        wanted = f"{100 * scores.accuracy:.2f}% of {rows} validation articles"
+        words = describe(self.served.runs[name], knobs)
+        wanted = f"{100 * scores.accuracy:.2f}% of {rows} validation articles {words}"
         self.until(lambda: " ".join(self.text("#accuracy").split()) == wanted, (wanted, name, knobs))
 
 

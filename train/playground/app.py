@@ -127,7 +127,7 @@ def build(served: Served) -> gr.Blocks:
         gr.HTML("<h2>HTTP API</h2>")
 
         knobs = [name, scale, rank, layers]
-        example.input(on.pick, [name, example], text, **live)
+        example.input(on.pick, [name, example], [text, example], **live)
         by_run = [name.input(on.choose, name, [scale, rank, layers, example], **live)]
         by_preset = [
             button.click(functools.partial(on.preset, preset), name, [scale, rank, layers], **live)

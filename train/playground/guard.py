@@ -12,7 +12,7 @@ _MOST_BYTES = 8 * 2**20  # of a request: a text of the largest size, with every 
 # What the page and its HTTP API need of gradio's routes. Uploads, files and proxies are not among them.
 _ROUTES = re.compile(
     r"/|/(assets|static|svelte)/.*|/(theme\.css|favicon\.ico|config|manifest\.json)"
-    r"|/gradio_api/((run|call|heartbeat)/.*|queue/(join|data)|cancel|info|openapi\.json|startup-events)"
+    r"|/gradio_api/((run|call|heartbeat)/.*|queue/(join|data)|cancel|info|startup-events)"
 )
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "

@@ -60,12 +60,13 @@ class Handlers:
             yield gr.skip(), gr.skip()
             return
         session["asked"] = asked
+        words = page.describe(run, changed)
         for rows, scores in self.served.score(run.name, changed):
             if session["asked"] != asked:
                 return
-            yield page.show_score("validation articles", rows, scores), gr.skip()
+            yield page.show_score("validation articles", words, rows, scores), gr.skip()
         tries = session.setdefault("tries", [])
-        tries.append({"knobs": page.describe(run, changed), "accuracy": scores.accuracy})
+        tries.append({"knobs": words, "accuracy": scores.accuracy})
         del tries[:-_MOST_TRIES]
         yield gr.skip(), page.show_history(tries)
 
@@ -73,7 +74,8 @@ class Handlers:
         """The scores on the test part so far."""
         run, changed = self._turned(*knobs)
         for rows, scores in self.served.score(run.name, changed, "test"):
-            yield page.show_score("test articles", rows, scores, interval=True)
+            words = page.describe(run, changed)
+            yield page.show_score("test articles", words, rows, scores, interval=True)
 
     def look_inside(self, *knobs: Any) -> str:
         """The spectra and sizes of ΔW."""
@@ -94,7 +96,7 @@ class Handlers:
     @_shown
     def merge_now(self, text: str, name: str) -> str:
         """What merging and unmerging did."""
-        return page.show_merge(self.served.merge_and_unmerge(name, text))
+        return page.show_merge(name, self.served.merge_and_unmerge(name, text))
 
     def choose(self, name: str) -> tuple[Any, ...]:
         """The controls for another run: scale, rank, layers and examples."""
@@ -106,9 +108,9 @@ class Handlers:
             gr.Dropdown(example_choices(run), value=None),
         )
 
-    def pick(self, name: str, number: int | None) -> Any:
-        """The text of an example."""
-        return gr.skip() if number is None else self.served.runs[name].examples[number].text
+    def pick(self, name: str, number: int | None) -> tuple[Any, Any]:
+        """The text of an example, and no choice, so that it can be chosen again."""
+        return gr.skip() if number is None else self.served.runs[name].examples[number].text, None
 
     def preset(self, preset: str, name: str) -> tuple[float, int, list[str]]:
         """Scale, rank and layers of one of PRESETS."""

@@ -79,11 +79,11 @@ def show_tokens(pieces: list[tuple[int, int, float]], label: str, text: str) -> 
     return str(_parts.tokens(shown, label, rest))
 
 
-def show_score(what: str, rows: int, scores: Scores, interval: bool = False) -> str:
-    """The accuracy on the rows so far, and a progress bar."""
+def show_score(what: str, knobs: str, rows: int, scores: Scores, interval: bool = False) -> str:
+    """The accuracy on the rows so far with the knobs in words, and a progress bar."""
     done = int(scores.confusion.sum())
     more = (scores.interval, scores.macro_f1) if interval and done == rows else ()
-    return str(_parts.score(what, done, rows, scores.accuracy, *more))
+    return str(_parts.score(what, knobs, done, rows, scores.accuracy, *more))
 
 
 def show_history(tries: list[dict[str, Any]]) -> str:
@@ -109,9 +109,9 @@ def show_mix(labels: tuple[str, ...], found: dict[str, list[float]]) -> str:
     return str(_parts.mixed(labels, found))
 
 
-def show_merge(found: dict[str, Any]) -> str:
-    """The result of Served.merge_and_unmerge."""
-    return str(_parts.merged(found))
+def show_merge(name: str, found: dict[str, Any]) -> str:
+    """The result of Served.merge_and_unmerge for the run with this name."""
+    return str(_parts.merged(name, found))
 
 
 def describe(run: ServedRun, knobs: Knobs) -> str:
