@@ -4,6 +4,7 @@ import http.client
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -224,8 +225,14 @@ def test_without_a_run_the_quickstart_is_trained_first(monkeypatch, capsys, tmp_
         (tmp_path / "runs" / "quickstart").symlink_to(folders / "one")
         return 0
 
-    monkeypatch.setattr("train.cli.main", lambda arguments: 130)
+    started = []
+    monkeypatch.setattr("train.cli.main", lambda arguments: started.append(arguments) or 130)
     assert command.main([]) == 130  # stopped while it trains
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    (tmp_path / "runs" / "quickstart" / "config.toml").touch()
+    assert command.main([]) == 130
+    assert started == [["--output", "runs/quickstart"], ["--output", "runs/quickstart", "--resume"]]
+    shutil.rmtree(tmp_path / "runs")
     monkeypatch.setattr("train.cli.main", train)
     monkeypatch.setattr(app, "serve", lambda runs, report: served.append(runs))
     assert command.main([]) == 0
