@@ -12,15 +12,16 @@ import torch
 
 from lora.errors import UserError
 from model import speed_up
+from train import predict
 from train.anatomy import experiments
 from train.anatomy.measure import decompose_bases, measure
 from train.anatomy.run import load_run
 from train.evaluate import evaluate
+from train.hardware import autocast
 from train.job import run_job
 from train.playground import __main__ as command
 from train.playground import page
 from train.playground.served import LONGEST_TEXT, InputError, Knobs, Served
-from train.predict import predict_lines, probabilities
 from train.runs import RunError
 from train.trained import load_trained
 
@@ -59,22 +60,29 @@ def served(shared):
     assert shared.classify("one", TEXT, Knobs()) == outputs
 
 
-def test_probabilities_are_those_of_predict(served, folders):
+def test_probabilities_are_those_of_predict(served, folders, capsys):
     # train.predict chooses the precision by the hardware, as a recipe does by default
-    (line,) = predict_lines(load_trained(folders / "auto"), [TEXT], 1, as_json=True)
+    assert predict.main([str(folders / "auto"), TEXT, "--json"]) == 0
     found = Served([folders / "auto"]).classify("auto", TEXT, Knobs())
     assert found["adapter"] == found["knobs"] != found["base"]
     by_label = {label: round(p, 6) for label, p in zip(found["labels"], found["adapter"], strict=True)}
-    assert by_label == json.loads(line)["probabilities"]
+    assert by_label == json.loads(capsys.readouterr().out)["probabilities"]
     for name in served.runs:
-        alone = predict_batch(load_trained(folders / name), served, 1)
+        alone = probabilities_alone(folders / name, [TEXT], served.precision)
         assert served.classify(name, TEXT, Knobs())["adapter"] == alone
 
 
-def predict_batch(trained, served, size):
-    """The probabilities of the text in a batch of copies, by a model that has only this run."""
-    speed_up(trained.model, served.precision)
-    return probabilities(trained, [TEXT] * size, served.device, served.precision)[0].tolist()
+@torch.inference_mode()
+def probabilities_alone(folder, texts, precision):
+    """The probabilities of the first of these texts in a batch of all, by a model that has only this run."""
+    trained = load_trained(folder)
+    speed_up(trained.model, precision)
+    rows = trained.tokenizer(
+        texts, truncation=True, max_length=trained.max_length_tokens, padding=True, return_tensors="pt"
+    )
+    with autocast(torch.device("cpu"), precision):
+        logits = trained.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits
+    return torch.softmax(logits.float(), dim=1)[0].tolist()
 
 
 def test_scores_are_those_of_evaluate_and_of_the_anatomy(served, folders):
@@ -231,7 +239,7 @@ def test_a_mixture_is_one_forward_in_which_each_run_is_itself(served, folders):
     assert list(found) == ["one", "two", "dora", "sum"]
     for name in ("one", "two", "dora"):
         # bit for bit in a batch of the same shape, as Adapters.rows promises
-        assert found[name] == predict_batch(load_trained(folders / name), served, 4)
+        assert found[name] == probabilities_alone(folders / name, [TEXT] * 4, served.precision)
     assert found["sum"] == pytest.approx(found["two"], abs=1e-6)  # B is rounded once more
     opposite = served.mix(TEXT, {"one": -1.0})["sum"]
     assert opposite == pytest.approx(served.classify("one", TEXT, Knobs(-1))["knobs"], abs=1e-6)
@@ -284,8 +292,8 @@ def test_what_cannot_be_used_is_an_error_that_says_why(served, name, text, knobs
 
 def test_a_long_text_is_read_as_far_as_the_model_reads(served, folders):
     text = TEXT * 1000
-    alone = probabilities(load_trained(folders / "one"), [text], served.device, "fp32")[0].tolist()
-    assert served.classify("one", text, Knobs())["adapter"] == pytest.approx(alone, abs=1e-6)  # not sped up
+    alone = probabilities_alone(folders / "one", [text], served.precision)
+    assert served.classify("one", text, Knobs())["adapter"] == alone
     assert len(served._read(text)) < 1000
     assert served._read("x" * 5000) == "x" * 5000
 

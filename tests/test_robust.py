@@ -371,7 +371,7 @@ def test_a_base_with_other_settings_of_its_interface_loads_as_usual(hub_folder, 
     (base / "tokenizer_config.json").write_text(json.dumps({"padding_side": "left"}))
     texts = ["the striker scored twice", "rates"]
     expected, found = (
-        predict.probabilities(
+        predict._probabilities(
             Trained(*load_base(str(folder), 3), ("a", "b", "c"), 16), texts, torch.device("cpu"), "fp32"
         )
         for folder in (hub_folder, base)

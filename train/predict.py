@@ -67,12 +67,14 @@ def predict_lines(trained: Trained, texts: Iterable[str], batch_size: int, as_js
     speed_up(trained.model.to(device), precision)
     remaining = iter(texts)
     while batch := list(islice(remaining, batch_size)):
-        found = iter(probabilities(trained, [text for text in batch if text.strip()], device, precision))
+        probabilities = iter(
+            _probabilities(trained, [text for text in batch if text.strip()], device, precision)
+        )
         for text in batch:
             if not text.strip():
                 yield ""
                 continue
-            row = next(found)
+            row = next(probabilities)
             best = int(row.argmax())
             if as_json:
                 by_label = {label: round(float(p), 6) for label, p in zip(trained.labels, row, strict=True)}
@@ -86,7 +88,7 @@ def predict_lines(trained: Trained, texts: Iterable[str], batch_size: int, as_js
 
 
 @torch.inference_mode()
-def probabilities(trained: Trained, texts: list[str], device: torch.device, precision: str) -> torch.Tensor:
+def _probabilities(trained: Trained, texts: list[str], device: torch.device, precision: str) -> torch.Tensor:
     """The class probabilities, (texts, classes) float32."""
     if not texts:
         return torch.empty(0, len(trained.labels))

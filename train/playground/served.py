@@ -30,7 +30,6 @@ from train.hardware import autocast, one_thread, resolve_device, resolve_precisi
 from train.inference import batch_logits
 from train.metrics import Scores
 from train.playground.runs import ServedRun, load_lora_run, make_served_run
-from train.predict import probabilities
 from train.runs import ADAPTER, RunError
 from train.trained import Trained
 
@@ -114,7 +113,7 @@ class Served:
                     found[key] = found["adapter"]
                     continue
                 with self._changed(run, change):
-                    found[key] = self._probabilities(run.trained, [text])[0].tolist()
+                    found[key] = self._probabilities(run.trained, text)
         return {**found, "tokens": len(spans), "characters": max((end for _, end in spans), default=0)}
 
     def influence(self, name: str, text: str, knobs: Knobs) -> tuple[list[tuple[int, int, float]], str]:
@@ -216,12 +215,12 @@ class Served:
         text = self._read(text)
         with self._lock, self._changed(run, Knobs()):
             found: dict[str, Any] = {"labels": list(self.labels), "digest_before": self._weights_digest()}
-            found["unmerged"] = self._probabilities(run.trained, [text])[0].tolist()
+            found["unmerged"] = self._probabilities(run.trained, text)
             started = time.perf_counter()
             merge(self.model)
             try:
                 found["merge_seconds"] = time.perf_counter() - started
-                found["merged"] = self._probabilities(run.trained, [text])[0].tolist()
+                found["merged"] = self._probabilities(run.trained, text)
                 found["digest_merged"] = self._weights_digest()
             finally:
                 started = time.perf_counter()
@@ -290,8 +289,10 @@ class Served:
         finally:
             self.adapters.use(None)
 
-    def _probabilities(self, trained: Trained, texts: list[str]) -> Tensor:
-        return probabilities(trained, texts, self.device, self.precision)
+    def _probabilities(self, trained: Trained, text: str) -> list[float]:
+        logits = self._logits(torch.tensor([_token_ids(trained, text)]), None)
+        found: list[float] = torch.softmax(logits, dim=1)[0].tolist()
+        return found
 
     @torch.inference_mode()
     def _logits(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
