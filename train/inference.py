@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -29,9 +30,23 @@ def predict_logits(
     classes = int(model.config.num_labels)  # type: ignore[union-attr, arg-type]
     logits = torch.zeros(len(rows), classes, device=device)
     for members in batches_by_length(rows.lengths, batch_size)[world.rank :: world.size]:
-        batch = collate(rows, members, pad_token_id).to(device)
-        with autocast(device, precision):
-            output = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        logits[torch.from_numpy(members).to(device)] = output.float()
+        output = batch_logits(model, rows, members, pad_token_id, device, precision)
+        logits[torch.from_numpy(members).to(device)] = output
     model.train(was_training)
     return world.sum_over_processes_(logits).cpu()  # one process has each row, the others have zeros
+
+
+@torch.inference_mode()
+def batch_logits(
+    model: nn.Module,
+    rows: Encoded,
+    members: np.ndarray,
+    pad_token_id: int,
+    device: torch.device,
+    precision: str,
+) -> Tensor:
+    """The logits of the rows with the numbers `members`, (members, classes) float32 on the device."""
+    batch = collate(rows, members, pad_token_id).to(device)
+    with autocast(device, precision):
+        output: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    return output.float()

@@ -28,6 +28,7 @@ from lora.storage import write_atomically
 from train.command import shell_command
 from train.config import Recipe, make_recipe
 
+RUNS = Path("runs")  # where runs are written by default
 ADAPTER = "adapter"
 WEIGHTS = "weights.safetensors"
 CONFIG = "config.toml"
@@ -103,6 +104,15 @@ def check_finished(folder: Path) -> None:
         raise RunError(f"{folder}: {'not a folder' if folder.exists() else 'there is no such folder'}")
     if (folder / CONFIG).is_file() and not (folder / SUMMARY).is_file():
         raise RunError(f"{folder}: the run is not finished; `{resume_command(folder)}` continues it")
+
+
+def newest_run(runs: Path) -> Path:
+    """The LoRA run in `runs` that finished last. Raises RunError if there is none."""
+    finished = [path.parent for path in runs.glob(f"*/{SUMMARY}") if (path.parent / ADAPTER).is_dir()]
+    if not finished:
+        command = shell_command("train", "--output", runs / "quickstart")
+        raise RunError(f"{runs}: it holds no finished LoRA run; `{command}` makes one")
+    return max(finished, key=lambda folder: (folder / SUMMARY).stat().st_mtime)
 
 
 def resume_command(folder: Path) -> str:

@@ -7,10 +7,8 @@ import sys
 from pathlib import Path
 
 from train.anatomy.study import study
-from train.command import CommandParser, print_error, run_command, shell_command
-from train.runs import ADAPTER, SUMMARY, RunError
-
-RUNS = Path("runs")
+from train.command import CommandParser, print_error, run_command
+from train.runs import RUNS, newest_run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -44,19 +42,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _study(options: argparse.Namespace) -> None:
     page = study(
-        options.run or _newest(RUNS), options.against, options.full, options.text, options.matrix_only,
+        options.run or newest_run(RUNS), options.against, options.full, options.text, options.matrix_only,
         lambda message: print(message, file=sys.stderr),
     )  # fmt: skip
     print(f"{page}: open it in a browser; the numbers are in {page.with_name('anatomy.json')}")
-
-
-def _newest(runs: Path) -> Path:
-    """The LoRA run that finished last. Raises RunError if there is none."""
-    finished = [path.parent for path in runs.glob(f"*/{SUMMARY}") if (path.parent / ADAPTER).is_dir()]
-    if not finished:
-        command = shell_command("train", "--output", runs / "quickstart")
-        raise RunError(f"{runs}: it holds no finished LoRA run; `{command}` makes one")
-    return max(finished, key=lambda folder: (folder / SUMMARY).stat().st_mtime)
 
 
 if __name__ == "__main__":
