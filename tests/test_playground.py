@@ -168,7 +168,7 @@ def test_an_exception_in_the_model_leaves_it_unchanged(served, monkeypatch, call
     """call: the forward of a request that fails, such as the one while merged."""
     forward, knobs = type(served.model).forward, Knobs(-1, 1, tuple(served.runs["one"].layers)[:1])
     requests = {
-        "classify": lambda: served.classify("one", TEXT, knobs),
+        "classify": lambda: served.classify("one", f"{call} {TEXT}", knobs),  # a text not seen before
         "influence": lambda: served.influence("one", TEXT, knobs),
         "excitation": lambda: served.excitation("one", TEXT),
         "score": lambda: list(served.score("one", knobs)),

@@ -7,14 +7,12 @@ the server keeps only the settings that a visitor has tried, in that visitor's s
 from __future__ import annotations
 
 import functools
-import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import torch
 from starlette.middleware import Middleware
 
 from train.anatomy.run import position
@@ -36,8 +34,6 @@ Report = Callable[[str], None]
 
 def serve(folders: Sequence[Path], report: Report) -> None:
     """Serves the page until Ctrl-C. Raises RunError, and what loading raises."""
-    # The browser needs a core too: torch's threads wait for each other at every step if they share one.
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))
     report("loading")
     demo, url = launch(Served(folders))
     report(f"open {url} in a browser; Ctrl-C ends it")

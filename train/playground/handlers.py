@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from train.playground.served import InputError, Knobs, Served
 from train.tables import excerpt
 
 PRESETS = ("the adapter", "rank 1", "only the top block", "opposite", "base")
+_PROGRESS_SECONDS = 0.5
 _MOST_TRIES = 200  # settings that a visitor's curve shows
 
 
@@ -61,14 +63,17 @@ class Handlers:
             return
         session["asked"] = asked
         words = page.describe(run, changed)
+        shown = 0.0
         for rows, scores in self.served.score(run.name, changed):
             if session["asked"] != asked:
                 return
-            yield page.show_score("validation articles", words, rows, scores), gr.skip()
+            if time.monotonic() - shown > _PROGRESS_SECONDS:
+                shown = time.monotonic()
+                yield page.show_score("validation articles", words, rows, scores), gr.skip()
         tries = session.setdefault("tries", [])
         tries.append({"knobs": words, "accuracy": scores.accuracy})
         del tries[:-_MOST_TRIES]
-        yield gr.skip(), page.show_history(tries)
+        yield page.show_score("validation articles", words, rows, scores), page.show_history(tries)
 
     def score_test(self, *knobs: Any) -> Iterator[str]:
         """The scores on the test part so far."""

@@ -7,6 +7,7 @@ gives up the lock after each batch, so that short requests are answered in betwe
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -66,6 +67,8 @@ class Served:
     def __init__(self, folders: Sequence[Path]):
         """Loads finished LoRA runs on one base. Raises RunError, and what loading raises."""
         self._lock = threading.Lock()
+        # Moving a knob changes neither, so they are computed once for each text.
+        self._without_knobs = functools.lru_cache(maxsize=64)(self._base_and_adapter)
         adapters: dict[str, TrainedAdapter] = {}
         recipes: dict[str, Recipe] = {}
         for folder in folders:
@@ -108,17 +111,14 @@ class Served:
         """
         run = self._run(name)
         text = self._read(text)
-        found: dict[str, Any] = {"labels": list(self.labels)}
-        changes = {"base": Knobs(layers=()), "adapter": Knobs(), "knobs": knobs}
         with self._lock:
             spans = _spans(run.trained, text)
-            for key, change in changes.items():
-                if change == Knobs() and "adapter" in found:
-                    found[key] = found["adapter"]
-                    continue
-                with self._changed(run, change):
-                    found[key] = self._probabilities(run.trained, text)
-        return {**found, "tokens": len(spans), "characters": max((end for _, end in spans), default=0)}
+            base, adapter = self._without_knobs(name, text)
+            changed = self._classify(run, text, knobs)
+        return {
+            "labels": list(self.labels), "base": base, "adapter": adapter, "knobs": changed,
+            "tokens": len(spans), "characters": max((end for _, end in spans), default=0),
+        }  # fmt: skip
 
     def influence(self, name: str, text: str, knobs: Knobs) -> tuple[list[tuple[int, int, float]], str]:
         """For each piece of a text its start, its end and its influence; and the predicted class.
@@ -292,6 +292,14 @@ class Served:
                 yield
         finally:
             self.adapters.use(None)
+
+    def _base_and_adapter(self, name: str, text: str) -> tuple[list[float], list[float]]:
+        run = self.runs[name]
+        return self._classify(run, text, Knobs(layers=())), self._classify(run, text, Knobs())
+
+    def _classify(self, run: ServedRun, text: str, knobs: Knobs) -> list[float]:
+        with self._changed(run, knobs):
+            return self._probabilities(run.trained, text)
 
     def _probabilities(self, trained: Trained, text: str) -> list[float]:
         logits = self._logits(torch.tensor([_token_ids(trained, text)]), None)
