@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from lora.adapted import lora_config, lora_layers
 from lora.interrupts import uninterrupted
 from lora.merge import merge as merge_model
 from lora.modules import unwrap
+from lora.rounding import round_to
 from lora.targets import remove_hooks
 
 
-def eject(model: nn.Module, merge: bool = False) -> None:
+def eject(model: nn.Module, merge: bool = False, dtype: torch.dtype | None = None) -> None:
     """Replaces every adapted layer by a plain nn.Linear, in place.
 
     merge=False leaves the base weights as they were before `inject`, bit for bit. merge=True merges the
     adapter into them first. Modules named in modules_to_save stay as trained.
+
+    dtype: with merge=True, the dtype of the merged weights, for a quantised base, into which nothing can be
+    merged: W is dequantised, ΔW is added in float64, and the sum is rounded once. None keeps that of W.
 
     Raises RuntimeError if the model has no adapter, is merged or is inside `disabled`, or as `merge` does.
     A merged model is refused because it is ambiguous whether the adapter is to stay in the weights.
@@ -33,9 +38,12 @@ def eject(model: nn.Module, merge: bool = False) -> None:
                 f"{name}: the weight is not a Parameter; remove its pruning or parametrization"
             )
     with uninterrupted():
-        if merge:
+        if merge and dtype is None:
             merge_model(model)
         linears = {layer: layer.to_linear() for layer in lora_layers(model).values()}
+        if merge and dtype is not None:
+            for layer, linear in linears.items():
+                linear.weight = nn.Parameter(round_to(layer.merged_weight(), dtype), requires_grad=False)
         for module in list(model.modules()):
             for name, child in module._modules.items():
                 if child in linears:

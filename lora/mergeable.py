@@ -108,6 +108,8 @@ class MergeableLinear(nn.Linear):
                 raise RuntimeError("the layer is merged already; unmerge it first")
             if not self.enabled:
                 raise RuntimeError("the adapter is switched off by disabled(); merging would switch it on")
+            if hasattr(self.weight, "stored"):
+                raise RuntimeError("the weight is quantised; rounding W + ΔW again would lose most of ΔW")
             weight = round_to(self.merged_weight(), self.weight.dtype)
             if not weight.isfinite().all():
                 raise ValueError(f"W + ΔW is not finite in {self.weight.dtype}")
