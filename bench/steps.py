@@ -20,6 +20,7 @@ from bench.baselines import BASELINES
 from lora import LoraConfig, inject
 from lora.fast import FastLinear
 from lora.modules import train_only
+from lora.quantised.tensor import QuantisedTensor, stored_tensors
 from model import HEAD, load_base, speed_up
 from train.hardware import autocast
 
@@ -194,7 +195,8 @@ def memory_bytes(model: BenchModel) -> dict[str, int]:
     """
     model.step()
     parameters = list(model.module.parameters())
-    known = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    weights = [tensor for parameter in parameters for tensor in stored_tensors(parameter)]
+    known = {tensor.untyped_storage().data_ptr() for tensor in weights}
     copies = {}
     for module in model.module.modules():
         if isinstance(module, FastLinear):
@@ -206,6 +208,8 @@ def memory_bytes(model: BenchModel) -> dict[str, int]:
     casts: dict[int, tuple[int, Tensor]] = {}
 
     def note(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, QuantisedTensor):  # a weight
+            return tensor
         tensor = tensor.detach()  # the tensor itself would keep the graph alive, and with it this function
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
@@ -220,7 +224,7 @@ def memory_bytes(model: BenchModel) -> dict[str, int]:
     del loss
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return {
-        "weights": sum(parameter.nbytes for parameter in parameters),
+        "weights": sum(tensor.nbytes for tensor in weights),
         "weight_copies": sum(copies.values()),
         "weight_casts": weight_casts,
         "gradients": sum(parameter.nbytes for parameter in trained),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lora.adapted import lora_config, lora_layers
 from lora.interrupts import uninterrupted
 from lora.merge import merge as merge_model
+from lora.mergeable import MergeableLinear
 from lora.modules import unwrap
 from lora.rounding import round_to
 from lora.targets import remove_hooks
@@ -38,15 +39,26 @@ def eject(model: nn.Module, merge: bool = False, dtype: torch.dtype | None = Non
                 f"{name}: the weight is not a Parameter; remove its pruning or parametrization"
             )
     with uninterrupted():
+        weights = {} if dtype is None or not merge else _merged_weights(model, dtype)
         if merge and dtype is None:
             merge_model(model)
         linears = {layer: layer.to_linear() for layer in lora_layers(model).values()}
-        if merge and dtype is not None:
-            for layer, linear in linears.items():
-                linear.weight = nn.Parameter(round_to(layer.merged_weight(), dtype), requires_grad=False)
+        for layer, weight in weights.items():
+            linears[layer].weight = nn.Parameter(weight, requires_grad=False)
         for module in list(model.modules()):
             for name, child in module._modules.items():
                 if child in linears:
                     setattr(module, name, linears[child])
             remove_hooks(module)
         del unwrap(model).lora_config
+
+
+def _merged_weights(model: nn.Module, dtype: torch.dtype) -> dict[MergeableLinear, Tensor]:
+    """W + ΔW of each layer in `dtype`, in the layout of its weight. Raises ValueError."""
+    weights = {}
+    for name, layer in lora_layers(model).items():
+        weight = round_to(layer.merged_weight(), dtype)
+        if not weight.isfinite().all():
+            raise ValueError(f"{name}: W + ΔW is not finite in {dtype}")
+        weights[layer] = weight.t().contiguous() if layer.fan_in_fan_out else weight
+    return weights

@@ -104,11 +104,6 @@ class QuantisedTensor(Tensor):
         memo[id(self)] = copied
         return copied
 
-    @property
-    def stored_bytes(self) -> int:
-        """The memory of the stored tensors, in bytes."""
-        return sum(tensor.nbytes for tensor in self.stored.tensors().values())
-
     @classmethod
     def __torch_function__(
         cls, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -141,6 +136,11 @@ class QuantisedTensor(Tensor):
         args = torch.utils._pytree.tree_map_only(QuantisedTensor, lambda q: q.stored.dequantise(), args)
         kwargs = torch.utils._pytree.tree_map_only(QuantisedTensor, lambda q: q.stored.dequantise(), kwargs)
         return function(*args, **kwargs)
+
+
+def stored_tensors(tensor: Tensor) -> list[Tensor]:
+    """The tensors in memory that hold a quantised tensor, or any other itself."""
+    return [*tensor.stored.tensors().values()] if isinstance(tensor, QuantisedTensor) else [tensor]
 
 
 def linear(x: Tensor, weight: QuantisedTensor, bias: Tensor | None = None) -> Tensor:
