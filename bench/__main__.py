@@ -14,8 +14,19 @@ from typing import Any
 
 import torch
 
-from bench import accuracy, anatomy, growth, inference, memory, merging, original, peers, recipes, throughput
-from bench.readme import RESULTS
+from bench import (
+    accuracy,
+    anatomy,
+    growth,
+    inference,
+    memory,
+    merging,
+    original,
+    peers,
+    recipes,
+    results_folder,
+    throughput,
+)
 from lora.storage import write_atomically
 from train.command import CommandParser, print_error, run_command
 from train.data import DataError, load_news
@@ -128,11 +139,6 @@ def _would_lose(path: Path, data: str | None) -> str:
     if saved["part"] in WITH_BASELINES:
         lost += saved["versions"].keys() - _environment()["versions"].keys()
     return ", ".join(lost)
-
-
-def results_folder(device: torch.device) -> Path:
-    """The folder of results: bench/results for the CPU, bench/results/cuda for CUDA."""
-    return RESULTS if device.type == "cpu" else RESULTS / device.type
 
 
 def _save(part: Any, result: dict[str, Any], folder: Path) -> None:

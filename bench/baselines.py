@@ -26,6 +26,7 @@ def with_peft(model: Any, config: LoraConfig) -> Any:
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             target_modules=list(config.target_modules),
+            use_dora=config.use_dora,
         ),
     )
 

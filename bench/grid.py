@@ -21,9 +21,9 @@ import io
 import json
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,15 +33,17 @@ from bench.steps import ALL_LINEAR
 from bench.training import QUICK, finish_run
 from lora.storage import write_atomically
 from train.bbc import read_bbc
+from train.data import load_news
 from train.hardware import resolve_device
 from train.predictions import read_predictions
+from train.runs import RunError
 
 RUNS = Path("runs/variants")
 FOLDS = 5
 SEEDS = (0, 1, 2)
 START = 3  # candidate rates to begin with
 MOST = 9  # candidate rates at most: two decades
-# The same for all methods: steps, batch, schedule, length. lora_alpha too, so that scaling = 16/r.
+# The same for all methods: steps, batch, schedule, length. lora_alpha too: scaling = 16/r, or 16/√r (rsLoRA).
 SETTINGS: dict[str, Any] = {
     "model": "minilm",
     "lora_alpha": 16,
@@ -49,7 +51,7 @@ SETTINGS: dict[str, Any] = {
     "telemetry": False,
 }
 BBC: dict[str, Any] = {"epochs": 4, "batch_size": 16, "validation_fraction": 0.1}
-LARGE: dict[str, Any] = {"epochs": 3, "batch_size": 32, "validation_fraction": 0.05}
+LARGE: dict[str, Any] = {"epochs": 2, "batch_size": 32, "validation_fraction": 0.05}
 KEPT = (
     "val_loss", "val_accuracy", "best_epoch", "test_accuracy", "trainable_parameters", "lora_parameters",
     "adapter_bytes", "train_seconds", "precision", "device",
@@ -64,7 +66,7 @@ class Method:
     """
 
     name: str
-    fields: Mapping[str, Any]
+    fields: Mapping[str, Any] = field(hash=False)  # a dict has no hash
     quarter: int
     on_all: bool = False
 
@@ -137,28 +139,32 @@ def correct(result: Mapping[str, Any]) -> list[bool]:
 
 
 class Results:
-    """The results of cells by key, in a JSON file that is replaced whenever one is added."""
+    """The results of cells by key, in a JSON file that is replaced whenever one is added.
+
+    Raises RunError if the file is of other settings.
+    """
 
     def __init__(self, path: Path):
         self._path = path
         self._lock = threading.Lock()
         found = json.loads(path.read_text()) if path.is_file() else {}
         if found and found["settings"] != self._settings():
-            raise RuntimeError(f"{path}: measured with other settings; remove it to measure again")
+            raise RunError(f"{path}: measured with other settings; remove it to measure again")
         self._cells: dict[str, Any] = found.get("cells", {})
 
     @staticmethod
     def _settings() -> dict[str, Any]:
         return {"all": SETTINGS, "bbc": BBC, "large": LARGE}
 
-    def get(self, cell: Cell) -> dict[str, Any] | None:
-        """The result of a cell that has ended."""
-        return self._cells.get(cell.key)
+    def __getitem__(self, cell: Cell) -> dict[str, Any]:
+        """The result of a cell. Raises KeyError if it has none."""
+        result: dict[str, Any] = self._cells[cell.key]
+        return result
 
     def finish(self, cell: Cell) -> dict[str, Any]:
         """The result of the cell, which is run if it has none. Raises RunError as finish_run does."""
-        if (known := self.get(cell)) is not None:
-            return known
+        if cell.key in self._cells:
+            return self[cell]
         result = cell.run()
         with self._lock:
             self._cells[cell.key] = result
@@ -177,10 +183,22 @@ class Trained:
     chosen: dict[Cell, dict[str, Any]]
 
     @property
+    def quarter(self) -> int:
+        """The selected rate."""
+        return next(iter(self.chosen)).quarter
+
+    @property
     def interior(self) -> bool:
         """Whether a lower and a higher rate than the selected one were tried."""
         quarters = [cell.quarter for cell in self.sweep]
-        return min(quarters) < next(iter(self.chosen)).quarter < max(quarters)
+        return min(quarters) < self.quarter < max(quarters)
+
+    def correct(self) -> list[int]:
+        """How often each test article was classified correctly, 0 or 1 on bbc, else up to all seeds."""
+        parts = [correct(result) for result in self.chosen.values()]
+        if next(iter(self.chosen)).data == "bbc":
+            return [int(bit) for part in parts for bit in part]
+        return [sum(bits) for bits in zip(*parts, strict=True)]
 
 
 def train_method(
@@ -197,33 +215,46 @@ def train_method(
         if shrunk or len(sweep) >= MOST or first < best < last - 1:
             break
         first, last = (first - 1, last) if best == first else (first, last + 1)
-    parts = range(FOLDS) if data == "bbc" else SEEDS
-    chosen = {cell: finish(cell) for cell in (Cell(data, method, best, part, shrunk) for part in parts)}
     tried = {Cell(data, method, quarter, 0, shrunk): sweep[quarter] for quarter in sorted(sweep)}
-    return Trained(method, tried, chosen)
+    cells = [Cell(data, method, best, part, shrunk) for part in parts_of(data)]
+    return Trained(method, tried, {cell: tried[cell] if cell in tried else finish(cell) for cell in cells})
 
 
-def train_all(
-    data: str, methods: tuple[Method, ...], results: Results, shrunk: bool = False
-) -> list[Trained]:
-    """Every method on `data`, side by side on the CPU. Ctrl-C stops after the running cells."""
+def parts_of(data: str) -> Sequence[int]:
+    """The folds of bbc, or the seeds of another dataset."""
+    return range(FOLDS) if data == "bbc" else SEEDS
+
+
+def runs_at_once() -> int:
+    """How many runs are trained side by side."""
+    return (os.cpu_count() or 1) if resolve_device("auto").type == "cpu" else 1
+
+
+def train_all(data: str, methods: Sequence[Method], results: Results, shrunk: bool = False) -> None:
+    """Adds the missing results of every method on `data`, side by side on the CPU.
+
+    Raises RunError if a cell fails. This and Ctrl-C stop after the running cells.
+    """
     if data == "bbc":
         write_folds()
-    at_once = (os.cpu_count() or 1) if resolve_device("auto").type == "cpu" else 1
-    parts = FOLDS if data == "bbc" else len(SEEDS)
-    planned = len(methods) * ((1 if shrunk else START) + parts - 1)
+    stopped = threading.Event()
+    planned = len(methods) * ((1 if shrunk else START) + len(parts_of(data)) - 1)
     with tqdm(total=planned, desc=Path(data).name, unit="run") as progress:
 
         def finish(cell: Cell) -> dict[str, Any]:
-            result = cell.run() if shrunk else results.finish(cell)
+            if stopped.is_set():
+                raise RunError("stopped")
+            result = results.finish(cell)
             progress.total = max(progress.total, progress.n + 1)  # more rates than START
             progress.update()
             return result
 
-        pool = ThreadPoolExecutor(at_once)
+        pool = ThreadPoolExecutor(runs_at_once())
         try:
-            return list(pool.map(lambda method: train_method(data, method, finish, shrunk), methods))
+            for _ in pool.map(lambda method: train_method(data, method, finish, shrunk), methods):
+                pass
         finally:
+            stopped.set()
             pool.shutdown(cancel_futures=True)
 
 
@@ -248,3 +279,16 @@ def write_folds() -> None:
                 csv.writer(file, lineterminator="\n").writerows([("text", "label"), *rows])
                 folder.mkdir(parents=True, exist_ok=True)
                 write_atomically(folder / name, file.getvalue().encode())
+
+
+def used_to_select() -> list[bool]:
+    """Whether each test article of bbc, fold by fold, is a validation article of fold 0.
+
+    On these the learning rates are selected.
+    """
+    write_folds()
+    folds = [
+        load_news(str(RUNS / f"fold{fold}"), BBC["validation_fraction"], seed=0) for fold in range(FOLDS)
+    ]
+    used = set(folds[0].validation["text"])
+    return [text in used for fold in folds for text in fold.test["text"]]

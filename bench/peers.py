@@ -1,9 +1,13 @@
-"""A LoRA step here and in PEFT and loralib, side by side: time, memory, and that all compute the same."""
+"""A LoRA step here and in PEFT and loralib, side by side: time, memory, and that all compute the same.
+
+DoRA's step and LoRA-FA's as well, beside LoRA's and PEFT's DoRA.
+"""
 
 from __future__ import annotations
 
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +37,11 @@ from model.fast import DTYPES
 from train.hardware import resolve_device, resolve_precision
 from train.tables import markdown, mebibytes, quantity
 
+VARIANTS = {
+    "LoRA": CONFIG,
+    "DoRA": replace(CONFIG, use_dora=True),
+    "LoRA-FA": replace(CONFIG, use_lora_fa=True),
+}
 NAMES = {"lora": "here", "full": "full fine-tuning here", "peft": "PEFT", "loralib": "loralib"}
 
 
@@ -43,14 +52,17 @@ def run(quick: bool) -> dict[str, Any]:
     for missing in BASELINES.keys() - set(baselines):
         print(f"peers: {missing} is not installed, so it is left out", file=sys.stderr)
     rows = []
-    for model_name, batch, length in QUICK_SHAPES if quick else SHAPES:
+    shapes, rounds = (QUICK_SHAPES, 2) if quick else (SHAPES, 9)
+    for model_name, batch, length in shapes:
         for precision in dict.fromkeys((resolve_precision("auto", device), "fp32")):
             print(f"peers: {model_name} {batch}x{length} {precision}", file=sys.stderr)
-            rows.append(_row(model_name, batch, length, precision, device, baselines, 2 if quick else 9))
+            rows.append(_row(model_name, batch, length, precision, device, baselines, rounds))
+    print(f"peers: variants on {shapes[0][0]}", file=sys.stderr)
+    variants = _variants(*shapes[0], resolve_precision("auto", device), device, "peft" in baselines, rounds)
     print("peers: loading an adapter", file=sys.stderr)
     model_name = "random:minilm" if quick else "minilm"
     loading = _loading(model_name, 3 if quick else 15, device) if "peft" in baselines else None
-    return {"seed": 0, "rows": rows, "loading": loading}
+    return {"seed": 0, "rows": rows, "variants": variants, "loading": loading}
 
 
 def _row(
@@ -81,6 +93,40 @@ def _row(
         },
         "our_total_over": {kind: sum(ours.values()) / sum(memory[kind].values()) for kind in baselines},
         "parity": {kind: _parity(models["lora"], models[kind]) for kind in baselines},
+    }
+
+
+def _variants(
+    model_name: str, batch: int, length: int, precision: str, device: torch.device, with_peft: bool,
+    rounds: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Steps of VARIANTS here, and of those in PEFT that are layers there: PEFT's LoRA-FA is an optimizer."""
+    kinds = [("lora", name) for name in VARIANTS]
+    kinds += [("peft", name) for name in ("LoRA", "DoRA")] if with_peft else []
+    models = {}
+    for kind, name in kinds:
+        config = VARIANTS[name]
+        models[f"{name}, {NAMES[kind]}"] = make_model(
+            kind, model_name, batch, length, precision, device, config
+        )
+    seconds = time_in_turn({name: model.step for name, model in models.items()}, rounds, device)
+    saved = {name: memory_bytes(model)["activations"] for name, model in models.items()}
+    lora = f"LoRA, {NAMES['lora']}"
+    return {
+        "model": model_name,
+        "rows": batch,
+        "length": length,
+        "precision": precision,
+        "rounds": rounds,
+        "models": {
+            name: {
+                "milliseconds": milliseconds(seconds[name]),
+                "over_lora": ratio(seconds[name], seconds[lora]),
+                "activations": saved[name],
+                "activations_over_lora": saved[name] / saved[lora],
+            }
+            for name in models
+        },
     }
 
 
@@ -124,6 +170,8 @@ def table(result: dict[str, Any]) -> str:
                 f" and {differences['gradients']:.0e} for gradients."
             )
         parts += [prose(text), markdown(lines)]
+    if "variants" in result:
+        parts += _variants_table(result["variants"])
     if result["loading"]:
         load = result["loading"]["milliseconds"]
         parts.append(
@@ -135,6 +183,27 @@ def table(result: dict[str, Any]) -> str:
             )
         )
     return "\n\n".join([prose(f"{result['device']}."), *parts])
+
+
+def _variants_table(found: dict[str, Any]) -> list[str]:
+    lines = [["", "ms per step", "quartiles", "/ our LoRA", "saved for backward, MiB", "/ our LoRA"]]
+    for name, row in found["models"].items():
+        lines.append(
+            [
+                name,
+                quantity(row["milliseconds"]["median"]),
+                spread(row["milliseconds"]),
+                f"{row['over_lora']:.2f}",
+                mebibytes(row["activations"]),
+                f"{row['activations_over_lora']:.2f}",
+            ]
+        )
+    text = f"Variants of LoRA: {found['model']}, {found['rows']} x {found['length']} tokens,"
+    text += f" {found['precision']}, {found['rounds']} interleaved rounds."
+    if "DoRA, PEFT" in found["models"]:
+        here, peft = (found["models"][f"DoRA, {NAMES[kind]}"] for kind in ("lora", "peft"))
+        text += f" PEFT's DoRA takes {peft['over_lora'] / here['over_lora']:.2f} times as long as DoRA here."
+    return [prose(text), markdown(lines)]
 
 
 def _loading(model_name: str, rounds: int, device: torch.device) -> dict[str, Any]:

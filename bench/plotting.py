@@ -11,6 +11,8 @@ mpl.use("Agg")  # files only, no window
 from matplotlib import pyplot as plt
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6db3", "#d9822b", "#3a8f5c", "#b5443c", "#9aa3ad"
+PURPLE = "#8a63b5"
+_COLUMNS = 7  # of a legend
 
 
 def panels(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
@@ -32,8 +34,7 @@ def save(figure: Any, path: Path) -> None:
             entries.setdefault(name, handle)
     if entries:
         place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}
-        figure.legend(
-            entries.values(), entries.keys(), frameon=False, fontsize=8, ncols=len(entries), **place
-        )
+        columns = min(len(entries), _COLUMNS)
+        figure.legend(entries.values(), entries.keys(), frameon=False, fontsize=8, ncols=columns, **place)
     figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)

@@ -18,14 +18,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from bench import accuracy, anatomy, growth, inference, memory, original, peers, recipes, throughput
+from bench import (
+    RESULTS,
+    accuracy,
+    anatomy,
+    growth,
+    inference,
+    memory,
+    original,
+    peers,
+    recipes,
+    throughput,
+)
 from bench.steps import held_bytes
 from bench.tables import prose
 from train.tables import markdown, mebibytes, quantity, size
 
 _BENCH = Path(__file__).parent
 PAGES = (_BENCH.parent / "README.md", _BENCH / "README.md")
-RESULTS = _BENCH / "results"
 _BLOCK = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 

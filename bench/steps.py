@@ -195,14 +195,16 @@ def memory_bytes(model: BenchModel) -> dict[str, int]:
     """
     model.step()
     parameters = list(model.module.parameters())
-    weights = [tensor for parameter in parameters for tensor in stored_tensors(parameter)]
-    known = {tensor.untyped_storage().data_ptr() for tensor in weights}
+    # Frozen matrices of some variants of LoRA are buffers.
+    weights = parameters + [buffer for buffer in model.module.buffers() if buffer.is_floating_point()]
+    stored = [tensor for weight in weights for tensor in stored_tensors(weight)]
+    known = {tensor.untyped_storage().data_ptr() for tensor in stored}
     copies = {}
     for module in model.module.modules():
         if isinstance(module, FastLinear):
             for tensor in module.copies:
                 copies[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-    shapes = {tuple(parameter.shape) for parameter in parameters if parameter.ndim == 2}
+    shapes = {tuple(weight.shape) for weight in weights if weight.ndim == 2}
     shapes |= {shape[::-1] for shape in shapes}
     saved: dict[int, tuple[int, Tensor]] = {}
     casts: dict[int, tuple[int, Tensor]] = {}
@@ -224,7 +226,7 @@ def memory_bytes(model: BenchModel) -> dict[str, int]:
     del loss
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return {
-        "weights": sum(tensor.nbytes for tensor in weights),
+        "weights": sum(tensor.nbytes for tensor in stored),
         "weight_copies": sum(copies.values()),
         "weight_casts": weight_casts,
         "gradients": sum(parameter.nbytes for parameter in trained),

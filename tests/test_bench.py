@@ -1,6 +1,5 @@
 """make bench: every part runs, prints JSON last, and its numbers are consistent."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -154,8 +153,7 @@ def test_growth_covers_its_range_and_names_the_first_point_at_which_lora_is_no_f
 
 
 def test_a_quick_run_is_not_saved(monkeypatch, tmp_path, capsys):
-    module = importlib.import_module("bench.__main__")
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr("bench.RESULTS", tmp_path)
     part = type("Part", (), {"run": lambda quick: {"x": 1}, "table": lambda result: "table"})
     monkeypatch.setitem(PARTS, "growth", part)
     assert main(["growth", "--quick", "--save"]) == 0
@@ -166,9 +164,8 @@ def test_a_quick_run_is_not_saved(monkeypatch, tmp_path, capsys):
 
 
 def test_results_of_given_data_are_not_lost_to_a_run_without_it(monkeypatch, tmp_path, capsys):
-    module = importlib.import_module("bench.__main__")
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
-    monkeypatch.setattr(module, "load_news", lambda *_, **__: None)
+    monkeypatch.setattr("bench.RESULTS", tmp_path)
+    monkeypatch.setattr("bench.__main__.load_news", lambda *_, **__: None)
     part = type("Part", (), {"run": lambda quick, data: {"x": data}, "table": lambda result: "table"})
     monkeypatch.setitem(PARTS, "accuracy", part)
     assert main(["accuracy", "--save"]) == 0
@@ -181,8 +178,7 @@ def test_results_of_given_data_are_not_lost_to_a_run_without_it(monkeypatch, tmp
 
 
 def test_results_of_a_baseline_are_not_lost_to_a_run_without_it(monkeypatch, tmp_path, capsys):
-    module = importlib.import_module("bench.__main__")
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr("bench.RESULTS", tmp_path)
     part = type("Part", (), {"run": lambda quick: {}, "table": lambda result: "table"})
     monkeypatch.setitem(PARTS, "merging", part)
     kept = json.dumps({"part": "merging", "versions": {"torch": "1", "python": "3", "no-such-baseline": "2"}})
@@ -196,9 +192,8 @@ def test_results_of_a_baseline_are_not_lost_to_a_run_without_it(monkeypatch, tmp
 
 
 def test_results_that_cannot_be_saved_are_printed_and_an_error(monkeypatch, tmp_path, capsys):
-    module = importlib.import_module("bench.__main__")
     (tmp_path / "file").touch()
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "file" / "results")
+    monkeypatch.setattr("bench.RESULTS", tmp_path / "file" / "results")
     monkeypatch.setitem(PARTS, "growth", type("Part", (), {"run": lambda _: {"x": 1}, "table": lambda _: ""}))
     assert main(["growth", "--save"]) == 1
     out, err = capsys.readouterr()

@@ -1,0 +1,312 @@
+"""LoRA, its variants and full fine-tuning: accuracy at the best learning rate of each, and cost.
+
+`bench.grid` trains, `bench.paired` compares; here their results become tables, sentences and figures.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import plotting, results_folder
+from bench.grid import METHODS, RUNS, SETTINGS, Method, Results, train_all
+from bench.paired import FULL, LORA, REFERENCES, analyse
+from bench.steps import (
+    QUICK_SHAPES,
+    SHAPES,
+    BenchModel,
+    held_bytes,
+    make_model,
+    memory_bytes,
+    milliseconds,
+    ratio,
+    time_in_turn,
+)
+from bench.tables import bullets, prose
+from lora import LoRALinear
+from train.config import load_recipe
+from train.hardware import resolve_device, resolve_precision
+from train.tables import markdown, mebibytes, quantity, size
+
+CELLS = "variants_cells.json"
+LEVEL = 0.05
+COLORS = (
+    "black",
+    plotting.GREY,
+    plotting.BLUE,
+    plotting.ORANGE,
+    plotting.GREEN,
+    plotting.RED,
+    plotting.PURPLE,
+)
+
+
+def run(quick: bool, data: str | None = None) -> dict[str, Any]:
+    """Trains what is missing on bbc, and on `data` (a folder or a name on the hub) if it is given.
+
+    A quick run has the REFERENCES alone.
+    """
+    methods = [method for method in METHODS if not quick or method.name in REFERENCES]
+    results = Results((RUNS / "quick" if quick else results_folder(resolve_device("auto"))) / CELLS)
+    sets = []
+    for name in ("bbc",) if data is None else ("bbc", data):
+        compared = [method for method in methods if name == "bbc" or method.on_all]
+        train_all(name, compared, results, quick)
+        sets.append(analyse(name, compared, results, quick))
+    return {"sets": sets, "cost": measure_steps(methods, quick)}
+
+
+def measure_steps(methods: Sequence[Method], quick: bool) -> dict[str, Any]:
+    """Milliseconds and memory of a training step of each method, in interleaved rounds in one process.
+
+    Methods with equal layers, such as LoRA and LoRA+, are measured once, under the first one's name.
+    """
+    device = resolve_device("auto")
+    precision = resolve_precision("auto", device)
+    model_name, rows, length = QUICK_SHAPES[0] if quick else SHAPES[1]
+    rounds = 2 if quick else 15
+    models: dict[str, BenchModel] = {}
+    first_of: dict[str, str] = {}
+    measured_as = {}
+    for method in methods:
+        recipe = load_recipe("quickstart", {**SETTINGS, **method.fields})[1]
+        config = recipe.lora_config()
+        if config.init_lora_weights == "eva":  # its layers are LoRA's, and its ranks have the same sum
+            config = dataclasses.replace(config, init_lora_weights=True)
+        name = first_of.setdefault(f"{recipe.method} {config}", method.name)
+        measured_as[method.name] = name
+        if name not in models:
+            models[name] = make_model(recipe.method, model_name, rows, length, precision, device, config)
+    seconds = time_in_turn({name: model.step for name, model in models.items()}, rounds, device)
+    measured = {
+        name: {
+            "milliseconds": milliseconds(seconds[name]),
+            "over_lora": ratio(seconds[name], seconds[LORA]),
+            "held_bytes": held_bytes(memory_bytes(model)),
+            "scaling": next((m.scaling for m in model.module.modules() if isinstance(m, LoRALinear)), None),
+        }
+        for name, model in models.items()
+    }
+    return {
+        "model": model_name, "rows": rows, "length": length, "precision": precision, "rounds": rounds,
+        "methods": {name: {"measured_as": same, **measured[same]} for name, same in measured_as.items()},
+    }  # fmt: skip
+
+
+def table(result: dict[str, Any]) -> str:
+    """A table and conclusions per dataset, and the table of costs."""
+    words = (
+        "Each method at its best learning rate: four rates per decade are tried on validation articles, and"
+        " further ones until the best has a worse one on either side. In brackets, 95% intervals."
+        " Differences are in points, paired by test article. p is from the exact sign-flip test, corrected by"
+        " Holm's method for the number of methods in the column. Intervals and tests are over test articles:"
+        " they do not cover the noise of training again."
+    )
+    sets = [part for found in result["sets"] for part in _set_table(found)]
+    return "\n\n".join([prose(words), *sets, *_cost_table(result)])
+
+
+def _set_table(found: dict[str, Any]) -> list[str]:
+    folds = found["folds"]
+    apart = "without articles used to select" if folds else "by seed"
+    lines = [["", "rate", "accuracy, %", apart, *(f"- {name}, p" for name in REFERENCES)]]
+    for row in found["rows"]:
+        values = [row["accuracy_unused"]] if folds else row["by_part"]
+        lines.append(
+            [
+                row["name"],
+                f"{row['learning_rate']:g}",
+                accuracy(row),
+                ", ".join(f"{100 * value:.2f}" for value in values),
+                *(_against(row, reference) for reference in REFERENCES),
+            ]
+        )
+    train, test, parts = found["train_articles"], found["test_articles"], found["parts"]
+    if folds:
+        words = (
+            f"{test:,} articles in {parts} folds, so that each is a test article once, and about {train:,} to"
+            f" train on. Rates are selected on the {found['used_to_select']} validation articles of the first"
+            " fold, which are test articles of other folds; one column leaves them out."
+        )
+    else:
+        words = (
+            f"{train:,} articles to train on, {test:,} test articles, {parts} seeds. Accuracy is the mean"
+            " over seeds. Rates are selected with the first seed, on a part of the training articles."
+        )
+    words = (
+        f"{found['data']}: {words} {found['model']}, {found['max_length_tokens']} tokens an article,"
+        f" {found['epochs']} epochs in batches of {found['batch_size']}, {found['precision']},"
+        f" {found['device']}."
+    )
+    return [prose(words), markdown(lines), bullets(conclusions(found))]
+
+
+def accuracy(row: dict[str, Any]) -> str:
+    """A row's accuracy in percent with its interval: 98.04 (97.35-98.56)."""
+    return f"{100 * row['accuracy']:.2f} ({100 * row['low']:.2f}-{100 * row['high']:.2f})"
+
+
+def _against(row: dict[str, Any], reference: str) -> str:
+    """The difference from a reference, its interval and p: +0.24 (-0.31 to +0.78), 0.412."""
+    if reference not in row["against"]:
+        return "-"
+    pair = row["against"][reference]
+    low, high = 100 * pair["low"], 100 * pair["high"]
+    return f"{100 * pair['difference']:+.2f} ({low:+.2f} to {high:+.2f}), {_p(pair)}"
+
+
+def _p(pair: dict[str, float]) -> str:
+    return f"{pair['p_corrected']:.3f}" if pair["p_corrected"] >= 0.001 else "<0.001"
+
+
+def conclusions(found: dict[str, Any]) -> list[str]:
+    """What the tests of a dataset show, as sentences."""
+    rows = {row["name"]: row for row in found["rows"]}
+    lines = [difference_from(found, reference) for reference in REFERENCES if reference in rows]
+    efficient = [row for row in found["rows"] if FULL in row["against"]]
+    if efficient:
+        best = max(efficient, key=lambda row: row["accuracy"])
+        pair = best["against"][FULL]
+        lines.append(
+            f"The highest accuracy without training all weights is {best['name']}'s,"
+            f" {100 * best['accuracy']:.2f}%. Its difference from {FULL} is {100 * pair['difference']:+.2f}"
+            f" points (95% interval {100 * pair['low']:+.2f} to {100 * pair['high']:+.2f}). As the highest of"
+            f" {len(efficient)} on these test articles, it is probably overestimated."
+        )
+    edges = [row["name"] for row in found["rows"] if not row["interior"]]
+    lines.append(
+        f"The lowest or highest of the rates tried was the best for {'; '.join(edges)}, so a better one may"
+        " exist."
+        if edges
+        else "Each selected rate had a worse one on either side."
+    )
+    at_once = found["runs_at_once"]
+    lines.append(
+        f"{found['runs']} runs with {found['hours']:.1f} hours of training, {at_once} at a time:"
+        f" {found['hours'] / at_once:.1f} hours."
+    )
+    if found["missing"]:
+        lines.append(f"Not finished, and left out: {'; '.join(found['missing'])}.")
+    return lines
+
+
+def difference_from(found: dict[str, Any], reference: str) -> str:
+    """Which methods differ significantly from the reference after correction, as a sentence."""
+    pairs = {row["name"]: row["against"][reference] for row in found["rows"] if reference in row["against"]}
+    clear = {name: pair for name, pair in pairs.items() if pair["p_corrected"] < LEVEL}
+    start = f"On {found['data']}, compared with {reference},"
+    if not clear:
+        return f"{start} no method differs significantly."
+    words = []
+    for word, sign in (("more accurate", 1), ("less accurate", -1)):
+        names = [f"{name} ({100 * pair['difference']:+.2f})" for name, pair in clear.items()
+                 if sign * pair["difference"] > 0]  # fmt: skip
+        if names:
+            words.append(f"significantly {word}: {', '.join(names)}")
+    rest = " No significant difference: the other methods." if len(clear) < len(pairs) else ""
+    return f"{start} {'; '.join(words)}.{rest}"
+
+
+def _cost_table(result: dict[str, Any]) -> list[str]:
+    cost, (first, *_) = result["cost"], result["sets"]
+    lines = [
+        ["", "trained parameters", "of them LoRA", "saved", "scaling", "step, ms", f"/ {LORA}", "held, MiB"]
+    ]
+    for row in first["rows"]:
+        step = cost["methods"][row["name"]]
+        lines.append(
+            [
+                row["name"],
+                f"{row['trainable_parameters']:,}",
+                f"{row['lora_parameters']:,}",
+                size(row["adapter_bytes"]),
+                "-" if step["scaling"] is None else f"{step['scaling']:g}",
+                quantity(step["milliseconds"]["median"]),
+                f"{step['over_lora']:.2f}",
+                mebibytes(step["held_bytes"]),
+            ]
+        )
+    shared = [
+        f"{name} as {step['measured_as']}"
+        for name, step in cost["methods"].items()
+        if step["measured_as"] != name
+    ]
+    words = (
+        f"Cost. Parameters and saved bytes are of {first['data']}. A step is of {cost['model']} at"
+        f" {cost['rows']} x {cost['length']} tokens in {cost['precision']}: the median of {cost['rounds']}"
+        " rounds in which all methods take turns, and the largest sum of weights, copies, gradients,"
+        " optimizer state and saved tensors that it holds at once."
+    )
+    if shared:
+        words += f" With equal layers, measured once: {', '.join(shared)}."
+    return [prose(words), markdown(lines)]
+
+
+def short_table(result: dict[str, Any]) -> str:
+    """LoRA's variants against LoRA: trained parameters, step, accuracy, and what the tests show."""
+    sets = result["sets"]
+    heads = [head for found in sets for head in (f"{found['data']}, %", f"- {LORA}, p")]
+    lines = [["", "trained parameters", f"step / {LORA}", *heads]]
+    for row in sets[0]["rows"]:
+        if row["lora_parameters"]:
+            step = result["cost"]["methods"][row["name"]]
+            cells = [row["name"], f"{row['trainable_parameters']:,}", f"{step['over_lora']:.2f}"]
+            for found in sets:
+                same = next((other for other in found["rows"] if other["name"] == row["name"]), None)
+                cells += [f"{100 * same['accuracy']:.2f}", _against(same, LORA)] if same else ["-", "-"]
+            lines.append(cells)
+    words = (
+        f"{sets[0]['model']}, each method at its best learning rate: test accuracy, the difference from"
+        f" {LORA} in points with its 95% interval, and p, corrected for the number of methods."
+    )
+    words += "".join(f" {difference_from(found, LORA)}" for found in sets)
+    return "\n\n".join([markdown(lines), prose(words)])
+
+
+def figures(result: dict[str, Any], folder: Path) -> None:
+    """variants.png: accuracy and loss by learning rate, and differences from full fine-tuning, by dataset."""
+    names = list(dict.fromkeys(row["name"] for found in result["sets"] for row in found["rows"]))
+    styles = {name: _style(number) for number, name in enumerate(names)}
+    figure, axes = plotting.panels(3, len(result["sets"]), 6.5, 3.8)
+    for found, (accuracies, losses, differences) in zip(result["sets"], axes.T, strict=True):
+        _draw_rates(accuracies, found, "accuracy", styles)
+        _draw_rates(losses, found, "loss", styles)
+        _draw_differences(differences, found, styles)
+    plotting.save(figure, folder / "variants.png")
+
+
+def _style(number: int) -> dict[str, Any]:
+    """The style of a method's line: COLORS twice, solid and dashed, with other markers."""
+    again, index = divmod(number, len(COLORS))
+    return {
+        "color": COLORS[index],
+        "linestyle": ("-", "--")[again % 2],
+        "marker": "os^vDP*"[(index + again) % 7],
+    }
+
+
+def _draw_rates(axis: Any, found: dict[str, Any], key: str, styles: dict[str, Any]) -> None:
+    for row in found["rows"]:
+        rates = [tried["learning_rate"] for tried in row["sweep"]]
+        selected = [rates.index(row["learning_rate"])]
+        values = [tried[key] for tried in row["sweep"]]
+        axis.plot(rates, values, label=row["name"], markevery=selected, **styles[row["name"]])
+    axis.set(xscale="log", xlabel="learning rate (marker: selected)", ylabel=f"validation {key}")
+    axis.set_title(found["data"])
+
+
+def _draw_differences(axis: Any, found: dict[str, Any], styles: dict[str, Any]) -> None:
+    compared = [row for row in reversed(found["rows"]) if FULL in row["against"]]
+    for at, row in enumerate(compared):
+        pair, color = row["against"][FULL], styles[row["name"]]["color"]
+        low, middle, high = (100 * pair[key] for key in ("low", "difference", "high"))
+        filled = color if pair["p_corrected"] < LEVEL else "white"
+        axis.errorbar(
+            middle, at, xerr=[[middle - low], [high - middle]], fmt="o", color=color, mfc=filled, capsize=3
+        )
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_yticks(range(len(compared)), [row["name"] for row in compared], fontsize=8)
+    axis.set_xlabel(f"test accuracy minus that of {FULL}, points (filled: p < {LEVEL})")
+    axis.set_title(found["data"])
