@@ -20,12 +20,16 @@ def eject(model: nn.Module, merge: bool = False, dtype: torch.dtype | None = Non
     merge=False leaves the base weights as they were before `inject`, bit for bit. merge=True merges the
     adapter into them first. Modules named in modules_to_save stay as trained.
 
-    dtype: with merge=True, the dtype of the merged weights, for a quantised base, into which nothing can be
-    merged: W is dequantised, ΔW is added in float64, and the sum is rounded once. None keeps that of W.
+    dtype: with merge=True, the dtype of the merged weights, which are then new Parameters: W + ΔW is formed
+    in float64 and rounded once. A quantised base needs it, because nothing can be merged into its weights.
+    None keeps the dtype of W.
 
-    Raises RuntimeError if the model has no adapter, is merged or is inside `disabled`, or as `merge` does.
+    Raises ValueError for a dtype without merge=True, or if a merged weight is not finite; RuntimeError if the
+    model has no adapter, is merged or is inside `disabled`, or as `merge` does. The model is then unchanged.
     A merged model is refused because it is ambiguous whether the adapter is to stay in the weights.
     """
+    if dtype is not None and not merge:
+        raise ValueError(f"dtype: {dtype} is for merge=True; the base weights stay as they are")
     lora_config(model)  # raises if there is none
     for name, layer in lora_layers(model).items():
         if layer.merged:
@@ -39,7 +43,7 @@ def eject(model: nn.Module, merge: bool = False, dtype: torch.dtype | None = Non
                 f"{name}: the weight is not a Parameter; remove its pruning or parametrization"
             )
     with uninterrupted():
-        weights = {} if dtype is None or not merge else _merged_weights(model, dtype)
+        weights = {} if dtype is None else _merged_weights(model, dtype)
         if merge and dtype is None:
             merge_model(model)
         linears = {layer: layer.to_linear() for layer in lora_layers(model).values()}

@@ -2,7 +2,8 @@
 
 It is JSON: "adapted" has by dtype a digest of the adapted layers' weights and biases, "rest" the same of
 every other parameter of the base, "config" those fields of the model's config that change what it computes,
-"stored" the dtype of the adapted layers' weights. A quantised weight is dequantised for its digest.
+"stored" how the adapted layers' weights are stored, such as "float32" or "nf4". Digests are of dequantised
+weights.
 
 A digest is the SHA-256 of small tensors and of the checksums of large ones, one for every 2 KiB, which takes
 a fraction of the time of the SHA-256 of all bytes. A changed value changes its checksum. Values that are
@@ -91,9 +92,9 @@ def _flat(fields: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _stored(layers: Mapping[str, Any]) -> str:
-    """How the weights of the adapted layers are stored: a dtype, or a way to quantise them."""
+    """How the weights of the adapted layers are stored: a dtype, or the name of a way to quantise them."""
     weights = [tensor for name, tensor in _adapted(layers) if name.endswith(".weight")]
-    kinds = {type(w.stored).__name__ if hasattr(w, "stored") else _short(w.dtype) for w in weights}
+    kinds = {w.stored.name if hasattr(w, "stored") else _short(w.dtype) for w in weights}
     return " and ".join(sorted(kinds))
 
 

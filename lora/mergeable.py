@@ -109,7 +109,10 @@ class MergeableLinear(nn.Linear):
             if not self.enabled:
                 raise RuntimeError("the adapter is switched off by disabled(); merging would switch it on")
             if hasattr(self.weight, "stored"):
-                raise RuntimeError("the weight is quantised; rounding W + ΔW again would lose most of ΔW")
+                raise RuntimeError(
+                    "the weight is quantised, and rounding W + ΔW again would lose most of ΔW;"
+                    " eject(model, merge=True, dtype=torch.float32) makes a merged float32 model"
+                )
             weight = round_to(self.merged_weight(), self.weight.dtype)
             if not weight.isfinite().all():
                 raise ValueError(f"W + ΔW is not finite in {self.weight.dtype}")

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.adapted import has_adapter
@@ -24,20 +23,17 @@ from lora.quantised.nf4 import NF4
 from lora.quantised.tensor import Bf16, QuantisedTensor, Stored
 from lora.targets import all_linear
 
-PRECISIONS = ("fp32", "bf16", "int8", "nf4")
-_ROUND: dict[str, Callable[[Tensor], Stored]] = {
-    "bf16": Bf16.quantise,
-    "int8": Int8.quantise,
-    "nf4": NF4.quantise,
-}
+_ROUND: dict[str, Callable[[Tensor], Stored]] = {kind.name: kind.quantise for kind in (Bf16, Int8, NF4)}
+PRECISIONS = ("fp32", *_ROUND)
 
 
 def quantise(model: nn.Module, precision: str, keep: Sequence[str] = ()) -> None:
     """Stores the weights of all linear layers and embeddings in `precision`, in place, and freezes them.
 
     Call it before `inject`. Linear layers are stored as "bf16", "int8" or "nf4" says, embeddings as bfloat16.
-    An embedding still returns float32. Biases, norms and modules whose names end with one of `keep`, such
-    as a new head, stay float32. "fp32" changes nothing.
+    An embedding still returns float32. Biases and norms stay as they are, and so do modules whose names end
+    with one of `keep`, such as a new head, weights that several modules share, and the output layer of a
+    language model. "fp32" changes nothing.
 
     Raises RuntimeError if the model has an adapter or is quantised, ValueError for an unknown precision or a
     weight that cannot be stored, TypeError for a layer that is no nn.Linear. The model is then unchanged.
@@ -104,4 +100,4 @@ class Bf16Embedding(nn.Embedding):
     """An nn.Embedding whose table is bfloat16: indices (...) -> (..., D) float32."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.embedding(input, self.weight, self.padding_idx).float()
+        return super().forward(input).float()

@@ -21,21 +21,23 @@ In other dtypes and on other devices W is dequantised for each product.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lora.quantised.tensor import Stored
 
-_LARGEST = (
-    126  # code of a row's largest value. Its scale in bfloat16 may be 0.4% too small: 127 would overflow
-)
+# The code of a row's largest value. Not 127: its scale in bfloat16 may be 0.4% too small, and 128 overflows.
+_LARGEST = 126
+_TINY = 1e-36  # instead of the largest value of a row of zeros; 126 / 1e-36 is finite in bfloat16
 
 
 @dataclass(frozen=True)
 class Int8(Stored):
     """A matrix (out, in) in int8. codes: (out, in) int8. scales: (out,) float32."""
 
+    name: ClassVar[str] = "int8"
     codes: Tensor
     scales: Tensor
 
@@ -60,17 +62,17 @@ class Int8(Stored):
     def product(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """Writes x·Wᵀ + bias to `out` (n, out): x (n, in)."""
         if not _in_int8(x):
-            return super().product(x, bias, out)
+            super().product(x, bias, out)
+            return
         codes, scales = round_rows(x)
         y = torch._int_mm(codes, self.codes.t()) * self.scales
         torch.mul(y, scales[:, None], out=out)
         if bias is not None:
             out.add_(bias)
-        return None
 
     def transposed_product(self, g: Tensor) -> Tensor:
         """The gradient g·W, (n, in), of g (n, out)."""
-        if not _in_int8(g):
+        if not _in_int8(g) or g.requires_grad:  # for a second derivative: rounding has none
             return super().transposed_product(g)
         codes, scales = round_rows(g * self.scales.to(g.dtype))
         return (torch._int_mm(codes, self.codes) * scales[:, None]).to(g.dtype)
@@ -82,6 +84,6 @@ def _in_int8(x: Tensor) -> bool:
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (n, m) int8 and scales (n,) float32 of bfloat16 rows x (n, m): x ≈ scales ⊙ codes."""
-    largest = x.abs().amax(dim=1).clamp(min=torch.finfo(x.dtype).tiny)
+    largest = x.abs().amax(dim=1).clamp(min=_TINY)
     inverse = (_LARGEST / largest.float()).to(x.dtype)
     return (x * inverse[:, None]).round_().to(torch.int8), 1 / inverse.float()

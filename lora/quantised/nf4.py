@@ -19,7 +19,9 @@ The table, the rounding and the packing are those of bitsandbytes, so that both 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from lora.quantised.tensor import Stored
 
 BLOCK = 64  # numbers that share an absmax
 ABSMAX_BLOCK = 256  # absmax values that share a scale
+_TINY = 1e-38  # instead of the absmax of a block of zeros; its inverse is finite
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -36,6 +39,7 @@ LEVELS = (
 )  # fmt: skip
 
 
+@functools.cache
 def absmax_levels() -> Tensor:
     """The 256 levels of the absmax values, float32, ascending (Dettmers 2015, arXiv 1511.04561).
 
@@ -54,10 +58,14 @@ def absmax_levels() -> Tensor:
 class NF4(Stored):
     """A matrix (out, in) in NF4.
 
-    codes: (n/2,) uint8, two levels a byte, the first in the upper half. absmax_codes: (blocks,) uint8.
-    absmax_scales: (blocks/256,) float32, rounded up. absmax_mean: (), float32. size: (out, in).
+    With n numbers in b = n/64 blocks:
+
+    codes: (n/2,) uint8, two levels a byte, the first in the upper half.
+    absmax_codes: (b,) uint8. absmax_scales: (⌈b/256⌉,) float32. absmax_mean: () float32.
+    size: (out, in).
     """
 
+    name: ClassVar[str] = "nf4"
     codes: Tensor
     absmax_codes: Tensor
     absmax_scales: Tensor
@@ -89,34 +97,39 @@ class NF4(Stored):
         """The matrix: level · absmax in float32, then in `dtype`."""
         device = self.codes.device
         scales = self.absmax_scales.repeat_interleave(ABSMAX_BLOCK)[: len(self.absmax_codes)]
-        absmax = absmax_levels().to(device)[self.absmax_codes.int()] * scales + self.absmax_mean  # (blocks,)
-        pairs = _pairs(device)[self.codes.int()]  # (n/2, 2)
-        weight = pairs.view(-1, BLOCK).mul_(absmax[:, None])
-        return weight.view(self.size).to(dtype)
+        absmax = absmax_levels().to(device).index_select(0, self.absmax_codes.int())
+        absmax = absmax * scales + self.absmax_mean  # (blocks,)
+        weight = _pairs(device).index_select(0, self.codes.int()).view(torch.float32)  # (n,)
+        return weight.view(-1, BLOCK).mul_(absmax[:, None]).view(self.size).to(dtype)
 
 
 def _pairs(device: torch.device) -> Tensor:
-    """The two levels of each byte, (256, 2): one lookup for two numbers."""
+    """The two levels of each byte in one int64, (256,), for a single lookup."""
     levels = torch.tensor(LEVELS, device=device)
-    return torch.cartesian_prod(levels, levels)
+    return torch.cartesian_prod(levels, levels).view(torch.int64).flatten()
 
 
 def _nearest(blocks: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row of `blocks`, the numbers of the nearest levels to row / absmax, uint8, and the absmax."""
     absmax = blocks.abs().amax(dim=1)
-    scaled = blocks * (1 / absmax.clamp(min=1e-38))[:, None]  # a block of zeros has level 0
+    scaled = blocks * (1 / absmax.clamp(min=_TINY))[:, None]  # a block of zeros has level 0
     between = (levels[:-1] + levels[1:]) / 2
     return torch.bucketize(scaled.clamp(-1, 1), between, out_int32=True).to(torch.uint8), absmax
 
 
 def _nearest_in_blocks(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_nearest`, of blocks of 256 values, of which the last may be shorter."""
+    """As `_nearest`, of blocks of 256 values, of which the last may be shorter.
+
+    As in bitsandbytes, the last one is divided by its absmax where the others are multiplied by 1 / absmax.
+    """
     full = len(values) // ABSMAX_BLOCK * ABSMAX_BLOCK
     codes, absmax = _nearest(values[:full].view(-1, ABSMAX_BLOCK), levels)
     if full == len(values):
         return codes.flatten(), absmax
     last = values[full:]
-    largest = last.abs().max().clamp(min=1e-38)
+    largest = last.abs().max()
     between = (levels[:-1] + levels[1:]) / 2
-    rest = torch.bucketize((last / largest).clamp(-1, 1), between, out_int32=True).to(torch.uint8)
+    rest = torch.bucketize((last / largest.clamp(min=_TINY)).clamp(-1, 1), between, out_int32=True).to(
+        torch.uint8
+    )
     return torch.cat([codes.flatten(), rest]), torch.cat([absmax, largest[None]])

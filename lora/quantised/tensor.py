@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,12 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """What is stored of a matrix (out, in). A subclass is one way to store it (nf4.py, int8.py)."""
+    """What is stored of a matrix (out, in). A subclass is one way to store it (nf4.py, int8.py).
+
+    name: of this way, as in `lora.quantised.PRECISIONS`.
+    """
+
+    name: ClassVar[str]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,6 +66,7 @@ class Stored:
 class Bf16(Stored):
     """A matrix (out, in) in bfloat16, which a product in bfloat16 reads as it is."""
 
+    name: ClassVar[str] = "bf16"
     values: Tensor
 
     @property
@@ -110,8 +116,18 @@ class QuantisedTensor(Tensor):
     ) -> Any:
         if function is F.linear:
             return linear(*args, **(kwargs or {}))
+        if function is Tensor.share_memory_:
+            raise TypeError("a quantised weight cannot be moved to shared memory")
+        is_assignment = function == Tensor.data.__set__  # type: ignore[attr-defined]
+        if is_assignment and not isinstance(args[1], QuantisedTensor):  # as by model.half()
+            raise TypeError(
+                "a quantised weight has no other dtype; call lora.quantised.dequantise(model, dtype)"
+            )
         with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **(kwargs or {}))
+            result = function(*args, **(kwargs or {}))
+        if is_assignment:  # as by model.cuda()
+            args[0].stored = args[1].stored
+        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -162,7 +178,11 @@ class _Linear(torch.autograd.Function):
         return h
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
         rows = grad.reshape(-1, grad.shape[-1])
-        grad_bias = rows.sum(0) if ctx.needs_input_grad[2] else None
-        return ctx.stored.transposed_product(rows).view(*grad.shape[:-1], -1), None, grad_bias
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ctx.stored.transposed_product(rows).view(*grad.shape[:-1], -1)
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_x, None, grad_bias
