@@ -81,11 +81,10 @@ def dequantise(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     with uninterrupted():
         for module in unique_modules(model).values():
             weight = module._parameters.get("weight")
-            if weight is not None and (
-                isinstance(module, Bf16Embedding) or isinstance(weight, QuantisedTensor)
-            ):
-                module.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
-            if isinstance(module, Bf16Embedding):
+            if isinstance(weight, QuantisedTensor):
+                module.weight = nn.Parameter(weight.stored.dequantise(dtype), requires_grad=False)
+            elif isinstance(module, Bf16Embedding):
+                module.weight = nn.Parameter(module.weight.detach().to(dtype), requires_grad=False)
                 module.__class__ = nn.Embedding  # type: ignore[assignment]
 
 

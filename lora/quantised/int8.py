@@ -9,9 +9,9 @@ of x are rounded in the same way, x ≈ s ⊙ X, and
 
     x·Wᵀ ≈ s ⊙ (X·Qᵀ) ⊙ scaleᵀ        X·Qᵀ in int32, exactly
 
-so that only the rounding of x is new: half of max|x| / 126 of its row for each number (LLM.int8(), Dettmers
-et al. 2022, arXiv 2208.07339, section 2.2, without its treatment of outliers). The gradient of x needs g·W,
-where the scales belong to the summed dimension. They are multiplied into g before it is rounded:
+so that only the rounding of x is new: at most half of max|x| / 127 of its row for each number (LLM.int8(),
+Dettmers et al. 2022, arXiv 2208.07339, section 2.2, without its treatment of outliers). The gradient of x
+needs g·W, where the scales belong to the summed dimension. They are multiplied into g before it is rounded:
 
     g·W ≈ t ⊙ (G·Q)        g ⊙ scaleᵀ ≈ t ⊙ G
 
@@ -28,9 +28,7 @@ from torch import Tensor
 
 from lora.quantised.tensor import Stored
 
-# The code of a row's largest value. Not 127: its scale in bfloat16 may be 0.4% too small, and 128 overflows.
-_LARGEST = 126
-_TINY = 1e-36  # instead of the largest value of a row of zeros; 126 / 1e-36 is finite in bfloat16
+_TINY = 1e-36  # instead of the largest value of a row of zeros; its inverse is finite
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,7 @@ class Int8(Stored):
         """Rounds a floating-point matrix (out, in). Raises ValueError if a value is not finite."""
         if not weight.isfinite().all():
             raise ValueError("a value is not finite")
-        weight = weight.float()
-        scales = weight.abs().amax(dim=1) / 127
-        codes = (weight / torch.where(scales > 0, scales, 1)[:, None]).round_()
-        return Int8(codes.to(torch.int8), scales)
+        return Int8(*round_rows(weight))
 
     def dequantise(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The matrix, (out, in): scale · code in float32, then in `dtype`."""
@@ -74,7 +69,7 @@ class Int8(Stored):
         """The gradient g·W, (n, in), of g (n, out)."""
         if not _in_int8(g) or g.requires_grad:  # for a second derivative: rounding has none
             return super().transposed_product(g)
-        codes, scales = round_rows(g * self.scales.to(g.dtype))
+        codes, scales = round_rows(g.float() * self.scales)
         return (torch._int_mm(codes, self.codes) * scales[:, None]).to(g.dtype)
 
 
@@ -83,7 +78,8 @@ def _in_int8(x: Tensor) -> bool:
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (n, m) int8 and scales (n,) float32 of bfloat16 rows x (n, m): x ≈ scales ⊙ codes."""
-    largest = x.abs().amax(dim=1).clamp(min=_TINY)
-    inverse = (_LARGEST / largest.float()).to(x.dtype)
-    return (x * inverse[:, None]).round_().to(torch.int8), 1 / inverse.float()
+    """Codes (n, m) int8 and scales (n,) float32 of floating-point rows x (n, m): x ≈ scales ⊙ codes."""
+    largest = x.abs().amax(dim=1).float().clamp(min=_TINY)
+    # A product of bfloat16 and float32 would be several times as slow as the cast.
+    codes = x.to(torch.float32, copy=True).mul_((127 / largest)[:, None]).round_()
+    return codes.to(torch.int8), largest / 127

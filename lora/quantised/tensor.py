@@ -3,11 +3,11 @@
 QuantisedTensor has the shape of the matrix and the dtype float32, and holds what NF4 or Int8 keep of it. It
 takes the place of the weight of an nn.Linear, and the layer stays an nn.Linear, a LoRALinear or a variant:
 
-    F.linear(x, W, b)        `linear` below: backward keeps W as stored, and dequantises it again
-    W.to(dtype), W.double()  the dense matrix: level · scale in float32, then in that dtype
-    W.to(device), W.clone()  a QuantisedTensor
-    any other operation      dequantises it to float32 first
-    writing to it            an error
+    F.linear(x, W, b)          `linear` below: backward keeps W as stored, and dequantises it again
+    W.double(), W.bfloat16()   the dense matrix: computed in float32, then in that dtype
+    W.to(device), W.clone()    a QuantisedTensor
+    any other operation        dequantises it to float32 first
+    writing to it              an error
 
 So the model is the base that the adapter is trained on: W means the dequantised matrix everywhere.
 """
@@ -160,7 +160,12 @@ def stored_tensors(tensor: Tensor) -> list[Tensor]:
 
 
 def linear(x: Tensor, weight: QuantisedTensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear of a quantised weight: x (..., in) -> (..., out), in the autocast dtype or else that of x."""
+    """F.linear of a quantised weight: x (..., in) -> (..., out), in the autocast dtype or else that of x.
+
+    Raises RuntimeError if the weight requires a gradient.
+    """
+    if weight.requires_grad:
+        raise RuntimeError("a quantised weight cannot train; call lora.quantised.dequantise(model) first")
     device = x.device.type
     if torch.is_autocast_enabled(device):
         x = x.to(torch.get_autocast_dtype(device))
