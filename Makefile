@@ -68,8 +68,8 @@ soak: $(VENV)/.dev  ## 5,000 signals during operations; 50 runs killed at random
 	INTERRUPTS=5000 $(RUN) -m pytest tests/test_interrupts.py
 	PYTHONPATH=tests:. $(RUN) tests/soak.py $(ARGS)
 
-test-peers: $(PEERS)/.run  ## the tests against PEFT, in an environment of its own
-	$(PEERS)/bin/python -m pytest tests/test_peft.py tests/test_peft_models.py $(ARGS)
+test-peers: $(PEERS)/.run  ## the tests against PEFT and bitsandbytes, in an environment of its own
+	$(PEERS)/bin/python -m pytest tests/test_peft.py tests/test_peft_models.py tests/test_bitsandbytes.py $(ARGS)
 
 bench: $(VENV)/.run  ## what LoRA costs and saves against full fine-tuning; minutes on two cores
 	$(RUN) -m bench --save $(ARGS)

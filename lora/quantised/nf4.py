@@ -14,7 +14,9 @@ share one float32 scale, and each is rounded to the nearest of 256 ABSMAX_LEVELS
 
     4 (the level) + 8/64 (its absmax) + 32/(64·256) (the scale of 256 absmax) = 4.127
 
-The table, the rounding and the packing are those of bitsandbytes, so that both give the same bytes.
+The table, the rounding and the packing are those of bitsandbytes, so that both give the same bytes. One
+exception: its CPU kernel rounds absmax / scale to about 2⁻¹⁵ before it compares it with ABSMAX_LEVELS, so
+that one value in hundreds gets a level that is slightly farther than the nearest one, which it has here.
 """
 
 from __future__ import annotations
