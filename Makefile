@@ -14,7 +14,7 @@ STEP ?=
 .DEFAULT_GOAL := help
 .PHONY: help setup train anatomy which test test-long soak test-peers lint format clean
 .PHONY: learn learn-watch learn-reset learn-solution learn-peft
-.PHONY: bench bench-merging bench-peers bench-original bench-accuracy
+.PHONY: bench bench-merging bench-peers bench-base bench-original bench-accuracy
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -85,6 +85,10 @@ bench-peers: $(PEERS)/.run bench-merging  ## a training step beside PEFT's: time
 
 bench-original: $(PEERS)/.run  ## an epoch by the original project's procedure, beside ours; ARGS="--data FOLDER"
 	$(PEERS)/bin/python -m bench original --save $(ARGS)
+	@$(PEERS)/bin/python -m bench.readme  # silent: the JSON is the last line of stdout
+
+bench-base: $(PEERS)/.run  ## frozen weights in bf16, int8, NF4: memory, time, accuracy; ARGS="--data FOLDER"
+	$(PEERS)/bin/python -m bench base --save $(ARGS)
 	@$(PEERS)/bin/python -m bench.readme  # silent: the JSON is the last line of stdout
 
 bench-accuracy: $(VENV)/.run  ## full, LoRA by rank, head: 20 minutes; ARGS="--data FOLDER" adds AG News, 2 hours

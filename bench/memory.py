@@ -32,7 +32,7 @@ def run(quick: bool) -> dict[str, Any]:
     for model_name, batch, length in QUICK_SHAPES if quick else SHAPES:
         for kind in MODES:
             print(f"memory: {model_name} {batch}x{length} {precision}, {MODES[kind]}", file=sys.stderr)
-            measured = _in_own_process(kind, model_name, str(batch), str(length), precision)
+            measured = in_own_process(kind, model_name, str(batch), str(length), precision)
             parts = measured["components"]
             held = sum(parts.values())
             rows.append(
@@ -110,7 +110,7 @@ def _above_held(row: dict[str, Any]) -> int:
     return int(row["peak_above_bare_bytes"] - held_bytes(row["components"]))
 
 
-def _in_own_process(*arguments: str) -> dict[str, Any]:
+def in_own_process(*arguments: str) -> dict[str, Any]:
     """The JSON that `python -m bench.peak` prints on its last line. Its stderr is passed on."""
     command = [sys.executable, "-m", "bench.peak", *arguments]
     done = subprocess.run(command, cwd=_ROOT, check=True, stdout=subprocess.PIPE, text=True)

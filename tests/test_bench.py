@@ -329,4 +329,4 @@ def test_the_original_needs_its_own_packages(monkeypatch):
 def test_data_is_refused_for_parts_that_read_none(capsys):
     with pytest.raises(SystemExit):
         main(["memory", "--data", "somewhere"])
-    assert "--data goes with original, accuracy, recipes, not with memory" in capsys.readouterr().err
+    assert "--data goes with original, accuracy, recipes, base, not with memory" in capsys.readouterr().err

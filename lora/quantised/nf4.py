@@ -6,8 +6,8 @@ numbers and stores of each
     absmax            the largest absolute value of the block
     w / absmax        rounded to the nearest of 16 LEVELS, as a number of 4 bits
 
-The levels are quantiles of a normal distribution, because trained weights are close to normal: each level is
-then used about equally often. Zero is one of them, and so are ±1.
+The levels are quantiles of a normal distribution, because trained weights are close to normal: the levels are
+dense where most weights are. Zero is one of them, and so are ±1.
 
 Double quantisation stores the absmax values in 8 bits too: their mean is subtracted, blocks of 256 of them
 share one float32 scale, and each is rounded to the nearest of 256 ABSMAX_LEVELS. In bits for each number:
