@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from conftest import content, randomise_adapter, tiny_roberta
 from test_adapters import five_adapters, logits
-from test_any_model import gpt2
+from test_any_model import gpt2, process_group
 from test_variant import SETTINGS, config_of, randomise
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -46,11 +46,14 @@ from lora.variants.eva import inject_eva
 from model import HEAD, speed_up
 from train import evaluate, export, predict
 from train.config import RecipeError
+from train.distributed import data_parallel
 from train.job import run_job
 from train.loop import Trainer
 from train.runs import RunError
 from train.signals import InterruptedRunError
 from train.trained import load_trained
+
+__all__ = ["process_group"]  # a fixture
 
 STORED = {"bf16": Bf16, "int8": Int8, "nf4": NF4}
 storages = pytest.mark.parametrize("precision", STORED)
@@ -435,6 +438,20 @@ def test_each_row_of_a_mixed_batch_is_that_of_its_adapter_alone(adapted, mixed):
         adapters.use(name)
         alone = logits(model, batch, precision)[row]
         assert torch.equal(found[row, : len(alone)], alone)
+
+
+@storages
+def test_several_processes_get_the_gradients_of_one(precision, input_ids, config, process_group):
+    model = base(precision)
+    inject(model, config)
+    randomise_adapter(model)
+    found = []
+    for forward in (model, data_parallel(model)):
+        model.zero_grad()
+        forward(input_ids).logits.square().sum().backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(gradient, found[1][name]) for name, gradient in found[0].items())
 
 
 # --- tensors and files --------------------------------------------------------------------------------
