@@ -15,7 +15,7 @@ STEP ?=
 .DEFAULT_GOAL := help
 .PHONY: help setup train anatomy play which test test-long soak test-peers test-play lint format clean
 .PHONY: learn learn-watch learn-reset learn-solution learn-peft
-.PHONY: bench bench-merging bench-peers bench-adapters bench-original bench-accuracy
+.PHONY: bench bench-merging bench-peers bench-adapters bench-base bench-original bench-accuracy
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -72,8 +72,8 @@ soak: $(VENV)/.dev  ## 5,000 signals during operations; 50 runs killed at random
 	INTERRUPTS=5000 $(RUN) -m pytest tests/test_interrupts.py
 	PYTHONPATH=tests:. $(RUN) tests/soak.py $(ARGS)
 
-test-peers: $(PEERS)/.run  ## the tests against PEFT, in an environment of its own
-	$(PEERS)/bin/python -m pytest tests/test_peft.py tests/test_peft_models.py $(ARGS)
+test-peers: $(PEERS)/.run  ## the tests against PEFT and bitsandbytes, in an environment of its own
+	$(PEERS)/bin/python -m pytest tests/test_peft.py tests/test_peft_models.py tests/test_bitsandbytes.py $(ARGS)
 
 test-play: $(PLAY)/.dev  ## the tests of the web page, in an environment of its own
 	$(PLAY)/bin/python -m pytest tests/test_play.py $(ARGS)
@@ -96,6 +96,10 @@ bench-adapters: $(PEERS)/.run  ## many adapters on one base: switching, memory, 
 
 bench-original: $(PEERS)/.run  ## an epoch by the original project's procedure, beside ours; ARGS="--data FOLDER"
 	$(PEERS)/bin/python -m bench original --save $(ARGS)
+	@$(PEERS)/bin/python -m bench.readme  # silent: the JSON is the last line of stdout
+
+bench-base: $(PEERS)/.run  ## frozen weights in bf16, int8, NF4: memory, time, accuracy; ARGS="--data FOLDER"
+	$(PEERS)/bin/python -m bench base --save $(ARGS)
 	@$(PEERS)/bin/python -m bench.readme  # silent: the JSON is the last line of stdout
 
 bench-accuracy: $(VENV)/.run  ## full, LoRA by rank, head: 20 minutes; ARGS="--data FOLDER" adds AG News, 2 hours

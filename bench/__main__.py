@@ -18,6 +18,7 @@ from bench import (
     accuracy,
     adapters,
     anatomy,
+    base,
     growth,
     inference,
     memory,
@@ -41,6 +42,7 @@ PARTS: dict[str, Any] = {
     "growth": growth,
     "merging": merging,
     "peers": peers,
+    "base": base,
     "original": original,
     "accuracy": accuracy,
     "recipes": recipes,
@@ -48,8 +50,8 @@ PARTS: dict[str, Any] = {
     "adapters": adapters,
 }
 DEFAULT_ALLOCATION = ("original",)  # measured with malloc's defaults, as the original's users have it
-WITH_DATA = ("original", "accuracy", "recipes")  # whose run() also takes AG News
-WITH_BASELINES = ("merging", "peers", "adapters")  # which leave out baselines that are not installed
+WITH_DATA = ("original", "accuracy", "recipes", "base")  # whose run() also takes AG News
+WITH_BASELINES = ("merging", "peers", "adapters", "base")  # which leave out baselines that are not installed
 ALL = ("throughput", "memory", "inference", "growth")  # the parts of "all": minutes, without baselines
 _ROOT = Path(__file__).parent.parent
 
@@ -69,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--data",
         metavar="D",
-        help="AG News for original, accuracy, recipes: a folder of CSV files, or a dataset on the hub",
+        help="AG News for original, accuracy, recipes, base: a folder of CSV files, or a dataset on the hub",
     )
     options = parser.parse_args(arguments)
     if options.data is not None:
@@ -153,7 +155,7 @@ def _save(part: Any, result: dict[str, Any], folder: Path) -> None:
 def _environment() -> dict[str, Any]:
     """What a result depends on: the commit, the machine, and the versions of packages."""
     versions = {}
-    for package in ("torch", "transformers", "peft", "loralib"):
+    for package in ("torch", "transformers", "peft", "loralib", "bitsandbytes"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lora import LoraConfig
 from lora.inject import find_targets
 from lora.modules import train_only
+from lora.targets import all_linear
 
 
 def with_peft(model: Any, config: LoraConfig) -> Any:
@@ -29,6 +30,36 @@ def with_peft(model: Any, config: LoraConfig) -> Any:
             use_dora=config.use_dora,
         ),
     )
+
+
+def with_peft_nf4(model: Any, config: LoraConfig) -> Any:
+    """`with_peft` on a base whose linear layers bitsandbytes has stored in NF4, as QLoRA does."""
+    import bitsandbytes
+    import torch
+
+    settings = {"quant_type": "nf4", "compress_statistics": True}
+    for name in all_linear(model):
+        if not name.startswith(config.modules_to_save):
+            linear = model.get_submodule(name)
+            stored = bitsandbytes.nn.Linear4bit(
+                linear.in_features,
+                linear.out_features,
+                linear.bias is not None,
+                compute_dtype=torch.bfloat16,
+                **settings,
+            )
+            stored.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, **settings)
+            stored.bias = linear.bias
+            model.set_submodule(name, stored.to(linear.weight.device))  # `to` quantises
+    model.is_loaded_in_4bit = True  # by which PEFT chooses its layers
+    return with_peft(model, config)
+
+
+def state_tensors(parameter: Tensor) -> list[Tensor]:
+    """The tensors that bitsandbytes keeps beside the codes of a quantised parameter."""
+    states = [state for state in (getattr(parameter, "quant_state", None),) if state]
+    states += [state.state2 for state in states if state.state2]
+    return [value for state in states for value in vars(state).values() if isinstance(value, Tensor)]
 
 
 def with_loralib(model: Any, config: LoraConfig) -> Any:
@@ -89,6 +120,8 @@ def head(kind: str, model: Any) -> nn.Module:
 
 
 BASELINES: dict[str, Callable[[Any, LoraConfig], Any]] = {"peft": with_peft, "loralib": with_loralib}
+
+QUANTISED: dict[str, Callable[[Any, LoraConfig], Any]] = {"peft-nf4": with_peft_nf4}
 
 
 def installed() -> list[str]:

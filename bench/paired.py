@@ -32,12 +32,17 @@ def analyse(data: str, methods: Sequence[Method], results: Results, shrunk: bool
             missing.append(method.name)
     if not finished:
         raise RunError(f"{data}: no method has a result for each of its cells")
+    return {**compare(data, finished, REFERENCES), "missing": missing}
+
+
+def compare(data: str, finished: Sequence[Trained], references: Sequence[str]) -> dict[str, Any]:
+    """One row per trained method, and its differences from the references by name."""
     folds = data == "bbc"
     used = used_to_select() if folds else []
     runs = 1 if folds else len(parts_of(data))  # that classify an article
     correct = {trained.method.name: trained.correct() for trained in finished}
     rows = [_row(trained, runs, used) for trained in finished]
-    for reference in REFERENCES:
+    for reference in references:
         others = [row for row in rows if row["name"] != reference and reference in correct]
         pairs = [_difference(correct[row["name"]], correct[reference], runs) for row in others]
         corrected = holm([pair["p"] for pair in pairs])
@@ -56,7 +61,6 @@ def analyse(data: str, methods: Sequence[Method], results: Results, shrunk: bool
         "runs": len(cells),
         "runs_at_once": runs_at_once(),
         "hours": sum(result["train_seconds"] for _, result in cells) / 3600,
-        "missing": missing,
         "rows": rows,
     }
 

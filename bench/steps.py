@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
-from bench.baselines import BASELINES
+from bench.baselines import BASELINES, QUANTISED, state_tensors
 from lora import LoraConfig, inject
 from lora.fast import FastLinear
 from lora.modules import train_only
+from lora.quantised import PRECISIONS, quantise
+from lora.quantised.tensor import QuantisedTensor, stored_tensors
 from model import HEAD, load_base, speed_up
 from train.hardware import autocast
 
@@ -78,18 +80,21 @@ def make_model(
 ) -> BenchModel:
     """Builds a model to compare. kind: "lora", "full" or "head" of this project, or "peft" or "loralib".
 
-    The models of this project are sped up by `speed_up`; the baselines use transformers' layers. All use
-    the fused AdamW.
+    One of lora.quantised.PRECISIONS is LoRA here on a base that is stored so, and "peft-nf4" is PEFT on one
+    that bitsandbytes has stored in NF4. The models of this project are sped up by `speed_up`; the baselines
+    use transformers' layers. All use the fused AdamW.
     """
     model: Any = load_base(model_name, num_labels=CLASSES)[0]
-    if kind in BASELINES:
-        model = BASELINES[kind](model, config)
-    elif kind == "lora":
+    baseline = (BASELINES | QUANTISED).get(kind)
+    if baseline:
+        model = baseline(model, config)
+    elif kind == "lora" or kind in PRECISIONS:
+        quantise(model, "fp32" if kind == "lora" else kind, keep=HEAD)
         inject(model, config)
     elif kind == "head":
         train_only(model, HEAD)
     model.to(device)
-    if kind not in BASELINES:
+    if not baseline:
         speed_up(model, precision)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -196,7 +201,8 @@ def memory_bytes(model: BenchModel) -> dict[str, int]:
     parameters = list(model.module.parameters())
     # Frozen matrices of some variants of LoRA are buffers.
     weights = parameters + [buffer for buffer in model.module.buffers() if buffer.is_floating_point()]
-    known = {weight.untyped_storage().data_ptr() for weight in weights}
+    stored = [t for weight in weights for t in (*stored_tensors(weight), *state_tensors(weight))]
+    known = {tensor.untyped_storage().data_ptr() for tensor in stored}
     copies = {}
     for module in model.module.modules():
         if isinstance(module, FastLinear):
@@ -208,6 +214,8 @@ def memory_bytes(model: BenchModel) -> dict[str, int]:
     casts: dict[int, tuple[int, Tensor]] = {}
 
     def note(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, QuantisedTensor):  # a weight
+            return tensor
         tensor = tensor.detach()  # the tensor itself would keep the graph alive, and with it this function
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
@@ -222,7 +230,7 @@ def memory_bytes(model: BenchModel) -> dict[str, int]:
     del loss
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return {
-        "weights": sum(weight.nbytes for weight in weights),
+        "weights": sum(tensor.nbytes for tensor in stored),
         "weight_copies": sum(copies.values()),
         "weight_casts": weight_casts,
         "gradients": sum(parameter.nbytes for parameter in trained),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +10,19 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 mpl.use("Agg")  # files only, no window
 from matplotlib import pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from learn.checks.models import HEAD, roberta_base_shapes
-from lora import count_parameters
+from lora import LoraConfig, count_parameters, inject
+from lora.quantised import quantise
+from lora.quantised.nf4 import BLOCK, LEVELS, NF4
 from lora.rounding import round_to
+from model import load_base
+from train.data import load_news
 
 FOLDER = Path(__file__).parent / "figures"
 ANATOMY = Path(__file__).parent.parent / "bench" / "results" / "anatomy.json"
@@ -215,10 +220,105 @@ def rank() -> Any:
     return figure
 
 
+def nf4_levels() -> Any:
+    """The numbers of a real weight over the absmax of their blocks, and NF4's levels."""
+    scaled = _layer()[0].reshape(-1, BLOCK)
+    scaled = scaled / scaled.abs().amax(dim=1, keepdim=True)
+    figure, axes = plt.subplots()
+    axes.hist(scaled.flatten().numpy(), bins=200, range=(-1, 1), density=True, color=GREY)
+    axes.vlines(LEVELS, 0, 1.45, color=ORANGE, lw=1)
+    axes.annotate(
+        "one ±1 in each block", (0.985, 0.9), (0.3, 1.6), color="#444444", fontsize=11,
+        arrowprops={"arrowstyle": "->", "color": "#444444"},
+    )  # fmt: skip
+    axes.set(xlabel="w / absmax of its block", ylabel="density", ylim=(0, 1.8), xlim=(-1.03, 1.03))
+    axes.set_title("MiniLM, a query layer; orange: the 16 levels", fontsize=11)
+    return figure
+
+
+def nf4_error() -> Any:
+    """By level: the share of the numbers that are rounded to it, and their share of the squared error."""
+    weight = _layer()[0]
+    stored = NF4.quantise(weight)
+    codes = torch.stack([stored.codes >> 4, stored.codes & 15], dim=1).flatten().long()
+    squares = (weight - stored.dequantise()).square().flatten()
+    numbers = torch.bincount(codes, minlength=16) / len(codes)
+    errors = torch.zeros(16).index_add(0, codes, squares) / squares.sum()
+    figure, axes = plt.subplots()
+    at = torch.arange(16)
+    axes.bar(at - 0.2, 100 * numbers, width=0.4, color=GREY, label="numbers")
+    axes.bar(at + 0.2, 100 * errors, width=0.4, color=ORANGE, label="squared error")
+    axes.set_xticks(range(0, 16, 3), [f"{LEVELS[level]:.2f}" for level in range(0, 16, 3)])
+    axes.set(xlabel="level", ylabel="share, %", yticks=[0, 5, 10])
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.2), ncols=2)
+    return figure
+
+
+def nf4_rank() -> Any:
+    """The error of a layer's outputs that is left after the best update of each rank, and after training."""
+    weight, x = _layer()
+    error = (weight - NF4.quantise(weight).dequantise()).double()
+    values, vectors = torch.linalg.eigh(x.double().T @ x.double())
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T  # ‖E·root‖ = ‖E·xᵀ‖
+    figure, axes = plt.subplots()
+    ranks = range(1, 385)
+    for matrix, color, name in (
+        (error, GREY, "best for all inputs"),
+        (error @ root, BLUE, "best for real ones"),
+    ):
+        squares = torch.linalg.svdvals(matrix).square()
+        left = (1 - squares.cumsum(0) / squares.sum()).clamp(min=0).sqrt()
+        axes.plot(ranks, 100 * left, color=color, lw=2.5, label=name)
+    trained = [(r, 100 * _left_by_training(weight, x, r)) for r in (2, 8, 32)]
+    axes.plot(*zip(*trained, strict=True), "o", color=ORANGE, ms=8, label="LoRA, trained")
+    axes.set(xscale="log", xlabel="rank", ylabel="error that is left, %", ylim=(0, 104), xlim=(1, 384))
+    axes.set_xticks([1, 2, 8, 32, 128, 384], ["1", "2", "8", "32", "128", "384"])
+    axes.legend(loc="lower left")
+    return figure
+
+
+@functools.cache
+def _layer() -> tuple[Tensor, Tensor]:
+    """W (384, 384) of a query layer of MiniLM, and its inputs (n, 384) for 32 articles."""
+    model, tokenizer = load_base("minilm", num_labels=5)
+    layer = model.get_submodule("roberta.encoder.layer.3.attention.self.query")
+    assert isinstance(layer, nn.Linear)
+    texts = load_news("bbc", validation_fraction=0.1, seed=0).train["text"][:32]
+    batch: Any = tokenizer(texts, padding=True, truncation=True, max_length=64, return_tensors="pt")  # type: ignore[misc]
+    inputs: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        model.eval()(**batch)
+    hook.remove()
+    return layer.weight.detach(), inputs[0][batch["attention_mask"].bool()]
+
+
+def _left_by_training(weight: Tensor, x: Tensor, r: int) -> float:
+    """The error of the outputs after LoRA on the NF4 weight was trained to give those of `weight`, 0 to 1."""
+    model = nn.ModuleDict({"query": nn.Linear(384, 384, bias=False)})
+    model["query"].weight = nn.Parameter(weight.clone())
+    quantise(model, "nf4")
+    inject(model, LoraConfig(r=r, lora_alpha=r, target_modules=("query",), modules_to_save=()))
+    target = x @ weight.T
+    before = float((model["query"](x) - target).norm())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(trained, lr=3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 400)
+    for _ in range(400):
+        optimizer.zero_grad()
+        (model["query"](x) - target).square().mean().backward()
+        optimizer.step()
+        schedule.step()
+    return float((model["query"](x) - target).norm()) / before
+
+
 FIGURES: dict[str, Callable[[], Any]] = {
     draw.__name__: draw
-    for draw in (low_rank, parameters, first_steps, forward, backward, counts, rounding, drift, rank)
-}
+    for draw in (
+        low_rank, parameters, first_steps, forward, backward, counts, rounding, drift, rank, nf4_levels,
+        nf4_error, nf4_rank,
+    )
+}  # fmt: skip
 
 
 def _ulps(error: Tensor, exact: Tensor) -> Any:

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lora.adapted import lora_config, lora_layers
 from lora.interrupts import uninterrupted
 from lora.merge import merge as merge_model
+from lora.mergeable import MergeableLinear
 from lora.modules import unwrap
+from lora.rounding import round_to
 from lora.targets import remove_hooks
 
 
-def eject(model: nn.Module, merge: bool = False) -> None:
+def eject(model: nn.Module, merge: bool = False, dtype: torch.dtype | None = None) -> None:
     """Replaces every adapted layer by a plain nn.Linear, in place.
 
     merge=False leaves the base weights as they were before `inject`, bit for bit. merge=True merges the
     adapter into them first. Modules named in modules_to_save stay as trained.
 
-    Raises RuntimeError if the model has no adapter, is merged or is inside `disabled`, or as `merge` does.
+    dtype: with merge=True, the dtype of the merged weights, which are then new Parameters: W + ΔW is formed
+    in float64 and rounded once. A quantised base needs it, because nothing can be merged into its weights.
+    None keeps the dtype of W.
+
+    Raises ValueError for a dtype without merge=True, or if a merged weight is not finite; RuntimeError if the
+    model has no adapter, is merged or is inside `disabled`, or as `merge` does. The model is then unchanged.
     A merged model is refused because it is ambiguous whether the adapter is to stay in the weights.
     """
+    if dtype is not None and not merge:
+        raise ValueError(f"dtype: {dtype} is for merge=True; the base weights stay as they are")
     lora_config(model)  # raises if there is none
     for name, layer in lora_layers(model).items():
         if layer.merged:
@@ -33,12 +43,26 @@ def eject(model: nn.Module, merge: bool = False) -> None:
                 f"{name}: the weight is not a Parameter; remove its pruning or parametrization"
             )
     with uninterrupted():
-        if merge:
+        weights = {} if dtype is None else _merged_weights(model, dtype)
+        if merge and dtype is None:
             merge_model(model)
         linears = {layer: layer.to_linear() for layer in lora_layers(model).values()}
+        for layer, weight in weights.items():
+            linears[layer].weight = nn.Parameter(weight, requires_grad=False)
         for module in list(model.modules()):
             for name, child in module._modules.items():
                 if child in linears:
                     setattr(module, name, linears[child])
             remove_hooks(module)
         del unwrap(model).lora_config
+
+
+def _merged_weights(model: nn.Module, dtype: torch.dtype) -> dict[MergeableLinear, Tensor]:
+    """W + ΔW of each layer in `dtype`, in the layout of its weight. Raises ValueError."""
+    weights = {}
+    for name, layer in lora_layers(model).items():
+        weight = round_to(layer.merged_weight(), dtype)
+        if not weight.isfinite().all():
+            raise ValueError(f"{name}: W + ΔW is not finite in {dtype}")
+        weights[layer] = weight.t().contiguous() if layer.fan_in_fan_out else weight
+    return weights

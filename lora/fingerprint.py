@@ -1,7 +1,9 @@
 """The fingerprint of a base model, by which loading an adapter recognises the model it was trained on.
 
 It is JSON: "adapted" has by dtype a digest of the adapted layers' weights and biases, "rest" the same of
-every other parameter of the base, "config" those fields of the model's config that change what it computes.
+every other parameter of the base, "config" those fields of the model's config that change what it computes,
+"stored" how the adapted layers' weights are stored, such as "float32" or "nf4". Digests are of dequantised
+weights.
 
 A digest is the SHA-256 of small tensors and of the checksums of large ones, one for every 2 KiB, which takes
 a fraction of the time of the SHA-256 of all bytes. A changed value changes its checksum. Values that are
@@ -40,6 +42,7 @@ def fingerprint(
         "adapted": {_short(dtype): _digest(_adapted(layers), dtype) for dtype in FLOATS},
         "rest": {_short(dtype): _digest(_rest(model, layers, saved), dtype) for dtype in FLOATS},
         "config": config_fields(model),
+        "stored": _stored(layers),
     }
 
 
@@ -57,6 +60,9 @@ def difference(
     dtype = next(iter(layers.values())).weight.dtype
     dtype = dtype if dtype in FLOATS else torch.float32
     if _digest(_adapted(layers), dtype) != expected["adapted"].get(_short(dtype)):
+        stored = _stored(layers)
+        if expected.get("stored", stored) != stored:
+            return f"with weights stored as {expected['stored']}, and those of this model are {stored}"
         return f"with other weights than this model's in {next(iter(layers))} and the other adapted layers"
     if _digest(_rest(model, layers, saved), dtype) != expected["rest"].get(_short(dtype)):
         return "with other weights than this model's outside the adapted layers"
@@ -83,6 +89,13 @@ def _flat(fields: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
         elif isinstance(value, list | tuple) and all(isinstance(x, int | float | str) for x in value):
             yield prefix + key, list(value)
+
+
+def _stored(layers: Mapping[str, Any]) -> str:
+    """How the weights of the adapted layers are stored: a dtype, or the name of a way to quantise them."""
+    weights = [tensor for name, tensor in _adapted(layers) if name.endswith(".weight")]
+    kinds = {w.stored.name if hasattr(w, "stored") else _short(w.dtype) for w in weights}
+    return " and ".join(sorted(kinds))
 
 
 def _adapted(layers: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:

@@ -129,6 +129,7 @@ def _refuse_shared(model: nn.Module, layers: dict[str, MergeableLinear]) -> None
                 and tensor.numel()
                 and tensor.layout == torch.strided
                 and not tensor.is_meta
+                and not hasattr(tensor, "stored")  # quantised: nothing shares it, and it is never written to
             ):
                 sizes = zip(tensor.shape, tensor.stride(), strict=True)
                 reach = 1 + sum((size - 1) * stride for size, stride in sizes)

@@ -113,6 +113,9 @@ class MergeableLinear(nn.Linear):
                 raise RuntimeError("the layer is merged already; unmerge it first")
             if not self.enabled:
                 raise RuntimeError("the adapter is switched off by disabled(); merging would switch it on")
+            if hasattr(self.weight, "stored"):
+                why = "the weight is quantised: rounding W + ΔW would lose most of ΔW"
+                raise RuntimeError(f"{why}; use eject(model, merge=True, dtype=torch.float32)")
             weight = round_to(self.merged_weight(), self.weight.dtype)
             if not weight.isfinite().all():
                 raise ValueError(f"W + ΔW is not finite in {self.weight.dtype}")

@@ -39,7 +39,7 @@ def check_targets(model: nn.Module, injection: Injection) -> None:
             weight = module._parameters.get("weight")
             if weight is None:
                 raise TypeError(f"{where}, whose weight is not a Parameter (pruned?)")
-            if weight.ndim != 2 or type(weight.data) is not torch.Tensor:
+            if weight.ndim != 2 or not (type(weight.data) is torch.Tensor or hasattr(weight, "stored")):
                 raise TypeError(f"{where}, whose weight is sharded; inject before FSDP wraps the model")
             tensors = (*module.named_parameters(), *module.named_buffers())
             if extra := {key for key, _ in tensors} - {"weight", "bias"}:

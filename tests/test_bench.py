@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_roberta
 
-from bench import adapters, growth, inference, peers
+from bench import adapters, base, grid, growth, inference, peers
 from bench.__main__ import ALL, PARTS, main
 from bench.steps import (
     MODES,
@@ -360,4 +360,52 @@ def test_the_original_needs_its_own_packages(monkeypatch):
 def test_data_is_refused_for_parts_that_read_none(capsys):
     with pytest.raises(SystemExit):
         main(["memory", "--data", "somewhere"])
-    assert "--data goes with original, accuracy, recipes, not with memory" in capsys.readouterr().err
+    assert "--data goes with original, accuracy, recipes, base, not with memory" in capsys.readouterr().err
+
+
+# --- the storage of the base ------------------------------------------------------------------------------
+
+
+def test_every_storage_of_the_base_is_compared_at_the_rate_of_fp32(monkeypatch, tmp_path):
+    trained = []
+
+    def train(cell):
+        trained.append(cell)
+        bits = "1" * (90 if cell.method.fields.get("base_precision") == "nf4" else 95)
+        result = {"val_loss": (cell.quarter + 12) ** 2, "correct": f"{int('1' + bits.ljust(100, '0'), 2):x}"}
+        numbers = dict.fromkeys(grid.KEPT, 0) | {"train_articles": 1, "device": "a CPU", "precision": "bf16"}
+        return {**numbers, **result}
+
+    def peak(kind, *_):
+        parts = dict.fromkeys(base.COMPONENTS, 1) | {"weights": 10 * (3 + len(kind))}
+        return {"components": parts, "peak_bytes": 3, "bare_bytes": 1, "peak_of": "steps"}
+
+    monkeypatch.setattr(grid.Cell, "run", train)
+    monkeypatch.setattr(base, "RUNS", tmp_path)
+    monkeypatch.setattr(base, "in_own_process", peak)
+    monkeypatch.setattr(base, "find_spec", lambda package: package == "peft")  # and not bitsandbytes
+    broken = {"peft": lambda *_: 1 / 0}
+    monkeypatch.setattr("bench.steps.BASELINES", broken)
+    accuracy = base._accuracy
+    monkeypatch.setattr(base, "_accuracy", lambda _, quick: accuracy("some_news", quick))
+    monkeypatch.setattr(base, "TEXTS", 2)
+    result = base.run(quick=True)
+    rows = result["sets"][0]["rows"]
+    assert [row["name"] for row in rows] == ["LoRA r=8", "bf16", "int8", "nf4"]
+    assert len({row["learning_rate"] for row in rows}) == 1
+    differences = [row["against"].get("LoRA r=8", {}).get("difference") for row in rows]
+    assert differences == [None, 0, 0, pytest.approx(-0.05)]
+    cells = len(trained)
+    accuracy("some_news", quick=True)
+    assert len(trained) == cells  # nothing is trained twice
+    errors = result["errors"]["storages"]
+    for key in ("weight", "layer", "encoder"):
+        assert errors["bf16"][key] < errors["int8"][key] < errors["nf4"][key]
+    shape = result["shapes"][0]
+    assert set(shape["kinds"]) == {"fp32", "bf16", "int8", "nf4"}
+    text = base.table({"device": "a CPU", **result})
+    assert "does not run: ZeroDivisionError: division by zero" in text
+    assert "bitsandbytes" not in text
+    assert "nf4 -5.00 (" in " ".join(text.split())
+    base.figures(result, tmp_path)
+    assert (tmp_path / "base.png").read_bytes().startswith(b"\x89PNG")

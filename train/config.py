@@ -15,7 +15,7 @@ from typing import Any
 
 import tomli_w
 
-from lora import LoraConfig
+from lora import LoraConfig, quantised
 from lora.errors import UserError
 from model import HEAD
 from train.bbc import is_bbc
@@ -93,6 +93,7 @@ class Recipe:
     max_gradient_norm: float = 1.0  # 0: no clipping
     max_length_tokens: int = 128
 
+    base_precision: str = "fp32"  # fp32 | bf16 | int8 | nf4: how frozen weights are stored (lora/quantised)
     gradient_checkpointing: bool = False  # save only each layer's input and compute the rest twice
     precision: str = "auto"  # auto | fp32 | bf16 | fp16
     device: str = "auto"  # auto | cpu | cuda | cuda:N
@@ -109,6 +110,11 @@ class Recipe:
             object.__setattr__(self, field.name, _typed(field, getattr(self, field.name)))
         _one_of("method", self.method, METHODS)
         _one_of("precision", self.precision, PRECISIONS)
+        _one_of("base_precision", self.base_precision, quantised.PRECISIONS)
+        if self.method == "full" and self.base_precision != "fp32":
+            raise RecipeError(
+                f"base_precision: {self.base_precision!r} is for a frozen base; full trains all of it"
+            )
         for name in ("model", "data"):
             if not getattr(self, name):
                 raise RecipeError(f"{name}: empty")

@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lora.quantised.tensor import QuantisedTensor
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,17 @@ class World:
 
 
 SINGLE_PROCESS = World()
+
+
+def data_parallel(model: nn.Module) -> DistributedDataParallel:
+    """The model in DistributedDataParallel, inside `join_world`.
+
+    Quantised weights are left out of what it copies from the first process: every process has them already,
+    from the same file, and they cannot be written to.
+    """
+    quantised = [name for name, p in model.named_parameters() if isinstance(p, QuantisedTensor)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, quantised)  # type: ignore[no-untyped-call]
+    return DistributedDataParallel(model, forward_sync_buffers=False)
 
 
 def local_rank() -> int:

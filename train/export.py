@@ -8,8 +8,11 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+
 from lora import eject
 from lora.adapted import has_adapter
+from lora.quantised import dequantise
 from train.command import CommandParser, run_command
 from train.runs import RunError, refuse_used
 from train.trained import load_trained
@@ -41,9 +44,10 @@ def export(run: Path, folder: Path) -> None:
     trained = load_trained(run, text=True)
     if has_adapter(trained.model):
         try:
-            eject(trained.model, merge=True)
+            eject(trained.model, merge=True, dtype=torch.float32)
         except ValueError as error:  # the merged weight is not finite
             raise RunError(f"{run}: {error}") from error
+    dequantise(trained.model)
     trained.model.config.architectures = [type(trained.model).__name__]
     trained.tokenizer.model_max_length = trained.max_length_tokens  # as in training
     folder.parent.mkdir(parents=True, exist_ok=True)

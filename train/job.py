@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from lora import ParameterCount, check_layer, count_parameters
 from lora.fingerprint import config_fields
 from lora.modules import train_only
+from lora.quantised import quantise
 from lora.storage import digest, write_atomically
 from model import HEAD, load_base, speed_up
 from train.adapter import inject_adapter
@@ -164,6 +165,7 @@ def _make_model(recipe: Recipe, news: News) -> tuple[PreTrainedModel, Any, Param
         raise RunError(
             f"max_length_tokens: {recipe.max_length_tokens}, and {recipe.model} reads {longest} at most"
         )
+    quantise(model, recipe.base_precision, keep=HEAD)
     if recipe.method == "lora":
         inject_adapter(model, recipe, tokenizer, lambda: news.train)
     elif recipe.method == "head":

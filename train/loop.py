@@ -26,7 +26,7 @@ from lora.inject import derived_seed
 from lora.variants.lora_plus import parameter_groups
 from train.batches import Batch, Encoded, collate, epoch_batches
 from train.config import Recipe
-from train.distributed import SINGLE_PROCESS, World
+from train.distributed import SINGLE_PROCESS, World, data_parallel
 from train.hardware import autocast
 from train.inference import predict_logits
 from train.metrics import Scores
@@ -58,9 +58,7 @@ class Trainer:
         world: World = SINGLE_PROCESS,
     ):
         self.model, self.recipe, self.world = model, recipe, world
-        self.forward = (
-            model if world.size == 1 else DistributedDataParallel(model, forward_sync_buffers=False)
-        )
+        self.forward = model if world.size == 1 else data_parallel(model)
         self.train_rows, self.validation_rows = train, validation
         self.pad_token_id, self.device, self.precision = pad_token_id, device, precision
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}

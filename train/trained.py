@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from lora import Adapter, AdapterError, Adapters, MergeableLinear, read_adapter, save_adapter
 from lora.files import CONFIG_FILE, TENSOR_FILE, load_read
 from lora.fingerprint import config_fields
+from lora.quantised import PRECISIONS, quantise
 from lora.storage import DamagedFileError, digest, read_tensors, write_tensors
-from model import load_base
+from model import HEAD, load_base
 from train.batches import tokenizer_digest
 from train.config import Recipe
 from train.layers import layer_digest, load_layer
@@ -51,18 +52,25 @@ class TrainedAdapter:
 
     @property
     def base(self) -> str:
-        """The base model, for messages and to compare: its name, and the seed of random weights."""
+        """The base model, for messages and to compare: its name, seed of random weights, and precision."""
         seed = f", seed {self._seed}" if str(self.content.base).startswith("random:") else ""
-        return f"{self.content.base}{seed}"
+        stored = f" in {self._precision}" if self._precision != "fp32" else ""
+        return f"{self.content.base}{seed}{stored}"
 
     @property
     def _seed(self) -> int:
         return int(self.note.get("seed", 0))  # only a random base depends on it
 
+    @property
+    def _precision(self) -> str:
+        return str(self.note.get("base_precision", "fp32"))
+
     def load_base(self) -> tuple[PreTrainedModel, Any]:
-        """The base model, with the adapter's labels, and the tokenizer. Raises ModelError."""
+        """The base model as in training, with the adapter's labels; its tokenizer. Raises ModelError."""
         name, labels = str(self.content.base), self.labels
-        return load_base(name, num_labels=len(labels), labels=labels, seed=self._seed)
+        model, tokenizer = load_base(name, num_labels=len(labels), labels=labels, seed=self._seed)
+        quantise(model, self._precision, keep=HEAD)
+        return model, tokenizer
 
 
 def save_trained(
@@ -75,6 +83,8 @@ def save_trained(
     metadata: dict[str, Any] = {
         "labels": list(labels), "max_length_tokens": recipe.max_length_tokens, "seed": recipe.seed
     }  # fmt: skip
+    if recipe.base_precision != "fp32":
+        metadata["base_precision"] = recipe.base_precision
     if recipe.layer:
         metadata["layer"] = layer_digest(recipe.layer)
     if tokenizer is not None:
@@ -197,6 +207,7 @@ def _load_weights(path: Path) -> Trained:
         raise RunError(f"{path}: not written by this project (no metadata entry {_ENTRY!r})")
     labels = tuple(note["labels"])
     model, tokenizer = load_base(note["model"], num_labels=len(labels), labels=labels, seed=note["seed"])
+    quantise(model, note.get("base_precision", "fp32"), keep=HEAD)
     parameters = dict(model.named_parameters())
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if shapes != {name: parameters[name].shape for name in shapes if name in parameters}:
@@ -220,7 +231,7 @@ def _checked(note: dict[str, Any], path: Path) -> dict[str, Any]:
     """The note of a file. Raises RunError if a value has another type than this project writes."""
     kinds = {
         "labels": list, "max_length_tokens": int, "seed": int, "model": str, "config": dict,
-        "tokenizer": str, "layer": str,
+        "tokenizer": str, "layer": str, "base_precision": str,
     }  # fmt: skip
     for key, kind in kinds.items():
         if key in note and not isinstance(note[key], kind):
@@ -228,6 +239,8 @@ def _checked(note: dict[str, Any], path: Path) -> dict[str, Any]:
     labels = note.get("labels", [])
     if len(set(map(str, labels))) != len(labels) or not all(isinstance(label, str) for label in labels):
         raise RunError(f"{path}: damaged: the labels in its note are not different names")
+    if note.get("base_precision", "fp32") not in PRECISIONS:
+        raise RunError(f"{path}: damaged: base_precision in its note is {note['base_precision']!r}")
     if note.get("max_length_tokens", 3) < 3 or not 0 <= note.get("seed", 0) < 2**32:
         raise RunError(f"{path}: damaged: max_length_tokens or seed in its note is out of range")
     return note

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from lora.fast.dropout import draw_keep, pack, unpack, zero_dropped
 from lora.mixed import add_rowwise_
+from lora.quantised.tensor import QuantisedTensor
 
 
 def is_traced() -> bool:
@@ -108,10 +109,13 @@ class _LoRALinear(torch.autograd.Function):
         rows = x.reshape(-1, x.shape[-1])  # (n, in)
         h = x.new_empty(*x.shape[:-1], weight.shape[0])  # not a view: callers may write to it in place
         flat = h.view(-1, h.shape[-1])  # (n, out)
-        if bias is None:
+        bias = None if bias is None else bias.to(x.dtype)
+        if isinstance(weight, QuantisedTensor):
+            weight.stored.product(rows, bias, out=flat)
+        elif bias is None:
             torch.mm(rows, weight.to(x.dtype).t(), out=flat)
         else:
-            torch.addmm(bias.to(x.dtype), rows, weight.to(x.dtype).t(), out=flat)
+            torch.addmm(bias, rows, weight.to(x.dtype).t(), out=flat)
         packed = None
         masked = x
         if dropout:
@@ -147,7 +151,11 @@ class _LoRALinear(torch.autograd.Function):
             grad_x = thin_grad @ lora_A.to(g.dtype)  # (n, in)
             if keep is not None:
                 grad_x = zero_dropped(grad_x, keep)
-            grad_x = grad_x.addmm_(g, weight.to(g.dtype)).view(ctx.shape)
+            if isinstance(weight, QuantisedTensor):
+                grad_x += weight.stored.transposed_product(g)
+            else:
+                grad_x.addmm_(g, weight.to(g.dtype))
+            grad_x = grad_x.view(ctx.shape)
         return grad_x, None, None, grad_A, grad_B, None, None
 
 

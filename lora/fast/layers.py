@@ -27,6 +27,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lora.fast.function import add_product_, can_fuse, cast_shared, has_long_rows, is_traced, lora_linear
 from lora.linear import LoRALinear
+from lora.quantised.tensor import QuantisedTensor
 
 
 class _Copies(NamedTuple):
@@ -65,6 +66,7 @@ class FastLinear(nn.Linear):
             dtype is None
             or is_traced()  # tracing sees neither versions nor addresses
             or any(p.requires_grad or p.is_meta or p.is_inference() for p in parameters)
+            or isinstance(self.weight, QuantisedTensor)  # dequantised for each product
             or self.weight.dtype == torch.float64  # autocast does not cast it
             or not torch.is_autocast_enabled(device)
             or torch.get_autocast_dtype(device) != dtype

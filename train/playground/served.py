@@ -221,7 +221,10 @@ class Served:
             found: dict[str, Any] = {"labels": list(self.labels), "digest_before": self._weights_digest()}
             found["unmerged"] = self._probabilities(run.trained, text)
             started = time.perf_counter()
-            merge(self.model)
+            try:
+                merge(self.model)
+            except RuntimeError as error:  # a quantised base
+                raise InputError(str(error)) from error
             try:
                 found["merge_seconds"] = time.perf_counter() - started
                 found["merged"] = self._probabilities(run.trained, text)

@@ -1,0 +1,376 @@
+"""The frozen base stored in fp32, bf16, int8 and NF4: memory, time, error and accuracy of LoRA on it.
+
+PEFT on a float32 base, and on one that bitsandbytes has stored in NF4, is measured beside it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import plotting, results_folder
+from bench.grid import METHODS, RUNS, Cell, Method, Results, Trained, parts_of, runs_at_once, train_method
+from bench.grid import write_folds as write_bbc_folds
+from bench.memory import COMPONENTS, in_own_process
+from bench.paired import LORA, compare
+from bench.steps import (
+    CLASSES,
+    CONFIG,
+    QUICK_SHAPES,
+    SHAPES,
+    make_model,
+    milliseconds,
+    random_batch,
+    ratio,
+    time_in_turn,
+    time_once,
+)
+from bench.tables import bullets, prose, spread
+from lora import inject
+from lora.quantised import PRECISIONS, quantise
+from lora.quantised.tensor import QuantisedTensor
+from model import HEAD, load_base, speed_up
+from train.data import load_news
+from train.hardware import autocast, resolve_device, resolve_precision
+from train.tables import markdown, mebibytes, quantity
+
+PEERS = {"peft": "PEFT, fp32", "peft-nf4": "PEFT + bitsandbytes, nf4"}
+NAMES = {**{precision: precision for precision in PRECISIONS}, **PEERS}
+NEEDED = {"peft": ("peft",), "peft-nf4": ("peft", "bitsandbytes")}
+CELLS, LORA_CELLS = "base_cells.json", "variants_cells.json"
+MODEL, TEXTS, LENGTH = "minilm", 32, 64  # whose layer outputs are compared, on how many articles and tokens
+
+
+def run(quick: bool, data: str | None = None) -> dict[str, Any]:
+    """Memory and time by shape, cost and error by storage, and accuracy on bbc and on `data` if it is given.
+
+    Training runs that are finished are not repeated. Baselines that are not installed are left out.
+    """
+    device = resolve_device("auto")
+    precision = resolve_precision("auto", device)
+    peers = [kind for kind in PEERS if all(find_spec(package) for package in NEEDED[kind])]
+    for missing in PEERS.keys() - set(peers):
+        print(f"base: {NAMES[missing]} is not installed, so it is left out", file=sys.stderr)
+    shapes = []
+    for shape in QUICK_SHAPES if quick else SHAPES:
+        print(f"base: steps of {shape[0]}", file=sys.stderr)
+        shapes.append(_steps(*shape, precision, device, [*PRECISIONS, *peers], 2 if quick else 9))
+    print("base: cost and error of the storages", file=sys.stderr)
+    return {
+        "seed": 0,
+        "precision": precision,
+        "shapes": shapes,
+        "cost": _cost(*(QUICK_SHAPES if quick else SHAPES)[0], precision, device, 2 if quick else 9),
+        "errors": _errors(precision, device),
+        "sets": [_accuracy(name, quick) for name in (("bbc",) if data is None else ("bbc", data))],
+    }
+
+
+def _steps(
+    model_name: str,
+    rows: int,
+    length: int,
+    precision: str,
+    device: torch.device,
+    kinds: list[str],
+    rounds: int,
+) -> dict[str, Any]:
+    """Memory of each kind in its own process, and milliseconds of a step in interleaved rounds in this one.
+
+    A peer that fails has its error in place of its numbers.
+    """
+    memory: dict[str, Any] = {}
+    steps: dict[str, Callable[[], object]] = {}
+    failed: dict[str, str] = {}
+    for kind in kinds:
+        try:
+            model = make_model(kind, model_name, rows, length, precision, device)
+            model.step()
+        except Exception as error:
+            if kind not in PEERS:
+                raise
+            failed[kind] = f"{type(error).__name__}: {error}".splitlines()[0]
+            continue
+        steps[kind] = model.step
+        memory[kind] = in_own_process("bench.peak", kind, model_name, str(rows), str(length), precision)
+    seconds = time_in_turn(steps, rounds, device)
+    return {
+        "model": model_name, "rows": rows, "length": length, "rounds": rounds, "failed": failed,
+        "kinds": {
+            kind: {
+                **memory[kind],
+                "peak_above_bare_bytes": memory[kind]["peak_bytes"] - memory[kind]["bare_bytes"],
+                "milliseconds": milliseconds(seconds[kind]),
+                "over_fp32": ratio(seconds[kind], seconds["fp32"]),
+            }
+            for kind in steps
+        },
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _cost(
+    model_name: str, rows: int, length: int, precision: str, device: torch.device, rounds: int
+) -> dict[str, Any]:
+    """Milliseconds to quantise the model, of its first forward, which makes copies, and of further ones."""
+    input_ids, _ = random_batch(rows, length, device)
+    found = {}
+    for storage in PRECISIONS:
+        model: Any = load_base(model_name, num_labels=CLASSES)[0].to(device)
+        quantising = time_once(lambda model=model, storage=storage: quantise(model, storage, HEAD), device)  # type: ignore[misc]
+        inject(model, CONFIG)
+        speed_up(model, precision)
+
+        def forward(model: Any = model) -> None:
+            with autocast(device, precision):
+                model(input_ids=input_ids)
+
+        first, *others = (time_once(forward, device) for _ in range(1 + rounds))
+        later = statistics.median(others)
+        found[storage] = {"quantise": 1e3 * quantising, "first": 1e3 * first, "later": 1e3 * later}
+    return {"model": model_name, "rows": rows, "length": length, "milliseconds": found}
+
+
+@torch.no_grad()
+def _errors(precision: str, device: torch.device) -> dict[str, Any]:
+    """‖y - y₀‖ / ‖y₀‖ of the outputs y of each layer and of the encoder, on real texts.
+
+    y₀ is of the float32 model in float32. A layer gets the inputs that it has there; the encoder its own.
+    """
+    reference: Any
+    reference, tokenizer = load_base(MODEL, num_labels=CLASSES)
+    reference.to(device).eval()
+    texts = load_news("bbc", validation_fraction=0.1, seed=0).test["text"][:TEXTS]
+    batch = tokenizer(texts, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt").to(device)  # type: ignore[misc]
+    mask = batch["attention_mask"].bool()
+    inputs: dict[str, Tensor] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        inputs[name] = x[mask]
+
+    encoder: Any = reference.base_model
+    linears = {name: m for name, m in encoder.encoder.named_modules() if isinstance(m, nn.Linear)}
+    hooks = [
+        linear.register_forward_pre_hook(lambda _, args, name=name: note(name, *args))
+        for name, linear in linears.items()
+    ]
+    exact = encoder(**batch).last_hidden_state[mask]
+    for hook in hooks:
+        hook.remove()
+    outputs = {name: linear(inputs[name]) for name, linear in linears.items()}
+    found = {}
+    for storage in PRECISIONS:
+        model: Any = load_base(MODEL, num_labels=CLASSES)[0].to(device).eval()
+        quantise(model, storage, keep=HEAD)
+        layers = dict(model.base_model.encoder.named_modules())
+        with autocast(device, precision):
+            errors = [_relative(layers[name](inputs[name]), y) for name, y in outputs.items()]
+            hidden = model.base_model(**batch).last_hidden_state[mask]
+        weights = [
+            _relative(layers[name].weight.stored.dequantise(), linear.weight)
+            for name, linear in linears.items()
+            if isinstance(layers[name].weight, QuantisedTensor)
+        ]
+        found[storage] = {
+            "weight": statistics.median(weights) if weights else 0.0,
+            "layer": statistics.median(errors),
+            "worst_layer": max(errors),
+            "encoder": _relative(hidden, exact),
+        }
+    return {"model": MODEL, "texts": TEXTS, "layers": len(linears), "storages": found}
+
+
+def _relative(y: Tensor, exact: Tensor) -> float:
+    return float((y.double() - exact.double()).norm() / exact.double().norm())
+
+
+def _accuracy(data: str, quick: bool) -> dict[str, Any]:
+    """LoRA r=8 on each storage, all at the rate that `bench.grid` selects on the float32 base."""
+    lora = next(method for method in METHODS if method.name == LORA)
+    folder = RUNS / "quick" if quick else results_folder(resolve_device("auto"))
+    known, results = Results(folder / LORA_CELLS), Results(folder / CELLS)
+    if data == "bbc":
+        write_bbc_folds()
+
+    def finish(cell: Cell) -> dict[str, Any]:
+        """The result of a cell. On the float32 base it is one of bench.variants, which may have it."""
+        try:
+            return known[cell]
+        except KeyError:
+            return results.finish(cell)
+
+    print(f"base: accuracy on {Path(data).name}", file=sys.stderr)
+    trained = [train_method(data, lora, finish, quick)]
+    storages = [p for p in PRECISIONS if p != "fp32"]
+    methods = [Method(p, {**lora.fields, "base_precision": p}, lora.quarter) for p in storages]
+    quarter = trained[0].quarter
+    cells = [Cell(data, method, quarter, part, quick) for method in methods for part in parts_of(data)]
+    with ThreadPoolExecutor(runs_at_once()) as pool:
+        found = dict(zip(cells, pool.map(finish, cells), strict=True))
+    for method in methods:
+        chosen = {cell: result for cell, result in found.items() if cell.method is method}
+        trained.append(Trained(method, dict([next(iter(chosen.items()))]), chosen))
+    return compare(data, trained, (LORA,))
+
+
+def table(result: dict[str, Any]) -> str:
+    """Memory and time by shape, cost and error, accuracy by dataset, and what follows from them."""
+    words = (
+        f"LoRA with r = 8 on query and value, computing in {result['precision']}; {result['device']}. Frozen"
+        " linear layers are stored as the first column says, and embeddings in bf16 for all but fp32. All"
+        " components are weights, copies, gradients, optimizer state and saved tensors, each at its largest;"
+        " the peak is of the resident set in a process of its own, without what the libraries take."
+    )
+    parts = [prose(words)]
+    for shape in result["shapes"]:
+        parts += _shape_table(shape)
+    parts += _cost_table(result)
+    for found in result["sets"]:
+        parts += _set_table(found)
+    return "\n\n".join([*parts, bullets(conclusions(result))])
+
+
+def _shape_table(shape: dict[str, Any]) -> list[str]:
+    lines = [["", "weights, MiB", "copies", "all components", "peak", "step, ms", "quartiles", "/ fp32"]]
+    for kind, row in shape["kinds"].items():
+        parts = row["components"]
+        lines.append(
+            [
+                NAMES[kind],
+                mebibytes(parts["weights"]),
+                mebibytes(parts["weight_copies"] + parts["weight_casts"]),
+                mebibytes(sum(parts.values())),
+                mebibytes(row["peak_above_bare_bytes"]),
+                quantity(row["milliseconds"]["median"]),
+                spread(row["milliseconds"]),
+                f"{row['over_fp32']:.2f}",
+            ]
+        )
+    for kind, error in shape["failed"].items():
+        lines.append([NAMES[kind], f"does not run: {error}", *[""] * 6])
+    words = (
+        f"{shape['model']}, {shape['rows']} x {shape['length']} tokens, {shape['rounds']} interleaved rounds."
+    )
+    return [prose(words), markdown(lines)]
+
+
+def _cost_table(result: dict[str, Any]) -> list[str]:
+    cost, errors = result["cost"], result["errors"]
+    lines = [
+        ["", "quantise, ms", "first forward, ms", "later, ms", "weights", "a layer", "the worst", "encoder"]
+    ]
+    for storage, error in errors["storages"].items():
+        times = cost["milliseconds"][storage]
+        lines.append(
+            [
+                storage,
+                *(quantity(times[key]) for key in ("quantise", "first", "later")),
+                *(f"{error[key]:.2%}" for key in ("weight", "layer", "worst_layer", "encoder")),
+            ]
+        )
+    words = (
+        f"What a storage costs once ({cost['model']}, {cost['rows']} x {cost['length']} tokens), and its"
+        f" error ‖y - y₀‖ / ‖y₀‖ on {errors['texts']} articles ({errors['model']}): of the weights and of the"
+        f" outputs of {errors['layers']} layers that get the inputs of the float32 model (medians, and the"
+        " largest), and of the encoder's output, where errors add up. y₀ is computed in float32, so that the"
+        f" row of fp32 is the error of computing in {result['precision']}."
+    )
+    return [prose(words), markdown(lines)]
+
+
+def _set_table(found: dict[str, Any]) -> list[str]:
+    lines = [["", "accuracy, %", "by fold" if found["folds"] else "by seed", "- fp32, points", "p"]]
+    for row in found["rows"]:
+        pair = row["against"].get(LORA)
+        lines.append(
+            [
+                _storage(row),
+                f"{100 * row['accuracy']:.2f} ({100 * row['low']:.2f}-{100 * row['high']:.2f})",
+                ", ".join(f"{100 * value:.2f}" for value in row["by_part"]),
+                _points(pair) if pair else "-",
+                f"{pair['p_corrected']:.3f}" if pair else "-",
+            ]
+        )
+    words = (
+        f"{found['data']}: about {found['train_articles']:,} articles to train on, {found['test_articles']:,}"
+        f" test articles, {found['parts']} {'folds' if found['folds'] else 'seeds'}; {found['model']},"
+        f" {found['epochs']} epochs, learning rate {found['rows'][0]['learning_rate']:g}, selected on fp32."
+        " In brackets, 95% intervals. Differences are paired by test article, p is from the exact sign-flip"
+        " test, corrected by Holm's method."
+    )
+    return [prose(words), markdown(lines)]
+
+
+def _storage(row: dict[str, Any]) -> str:
+    return "fp32" if row["name"] == LORA else str(row["name"])
+
+
+def _points(pair: dict[str, float]) -> str:
+    low, high = 100 * pair["low"], 100 * pair["high"]
+    return f"{100 * pair['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def conclusions(result: dict[str, Any]) -> list[str]:
+    """Memory against PEFT's, time against bf16 and PEFT's, accuracy against fp32, as sentences."""
+    lines = []
+    for shape in result["shapes"]:
+        kinds = shape["kinds"]
+        held = {kind: sum(row["components"].values()) for kind, row in kinds.items()}
+        step = {kind: row["milliseconds"]["median"] for kind, row in kinds.items()}
+        if "peft" in kinds:
+            shares = ", ".join(f"{kind} {held[kind] / held['peft']:.2f}" for kind in PRECISIONS)
+            lines.append(f"{shape['model']}: all components over PEFT's on a float32 base: {shares}.")
+        words = (
+            f"{shape['model']}: a step on int8 is {step['bf16'] / step['int8']:.2f} times as fast as on bf16,"
+            f" and one on nf4 takes {step['nf4'] / step['fp32']:.2f} times as long as on fp32"
+        )
+        if "peft-nf4" in kinds:
+            words += f" and {step['nf4'] / step['peft-nf4']:.2f} times as long as with PEFT and bitsandbytes"
+        lines.append(f"{words}.")
+    for found in result["sets"]:
+        pairs = {_storage(row): row["against"][LORA] for row in found["rows"] if row["against"]}
+        words = ", ".join(f"{storage} {_points(pair)}" for storage, pair in pairs.items())
+        lines.append(f"{found['data']}: accuracy minus that of fp32, in points: {words}.")
+    return lines
+
+
+def figures(result: dict[str, Any], folder: Path) -> None:
+    """base.png: memory by component, time of a step, and difference of accuracy, by storage."""
+    shape = result["shapes"][0]
+    kinds = shape["kinds"]
+    figure, ((memory, times, accuracy),) = plotting.panels(1, 3, 4.6, 3.4)
+    colors = (plotting.BLUE, plotting.GREY, "0.8", plotting.GREEN, plotting.RED, plotting.ORANGE)
+    for at, row in enumerate(kinds.values()):
+        bottom = 0.0
+        for (key, words), color in zip(COMPONENTS.items(), colors, strict=True):
+            tall = row["components"][key] / 2**20
+            memory.bar(at, tall, bottom=bottom, width=0.6, color=color, label=None if at else words)
+            bottom += tall
+        middle, low, high = (row["milliseconds"][key] for key in ("median", "low", "high"))
+        color = plotting.GREY if row is kinds.get("peft") or row is kinds.get("peft-nf4") else plotting.BLUE
+        times.bar(at, middle, yerr=[[middle - low], [high - middle]], width=0.6, color=color, capsize=3)
+    labels = [NAMES[kind].replace(" + ", "\n+ ").replace(", ", ",\n") for kind in kinds]
+    title = f"{shape['model']}, {shape['rows']} x {shape['length']} tokens"
+    for axis, label in ((memory, "MiB, each component at its largest"), (times, "ms per step")):
+        axis.set_xticks(range(len(kinds)), labels, fontsize=7)
+        axis.set(ylabel=label, title=title)
+    for number, found in enumerate(result["sets"]):
+        color = (plotting.PURPLE, plotting.GREEN)[number]
+        for at, row in enumerate(row for row in found["rows"] if row["against"]):
+            low, middle, high = (100 * row["against"][LORA][key] for key in ("low", "difference", "high"))
+            accuracy.errorbar(
+                at + 0.15 * number, middle, yerr=[[middle - low], [high - middle]], fmt="o", color=color,
+                capsize=3, label=None if at else found["data"],
+            )  # fmt: skip
+    accuracy.axhline(0, color="black", linewidth=0.8)
+    accuracy.set_xticks(range(3), [p for p in PRECISIONS if p != "fp32"])
+    accuracy.set(ylabel="points", title="test accuracy minus that of fp32")
+    plotting.save(figure, folder / "base.png")
