@@ -60,10 +60,9 @@ class Int8(Stored):
             super().product(x, bias, out)
             return
         codes, scales = round_rows(x)
-        y = torch._int_mm(codes, self.codes.t()) * self.scales
-        torch.mul(y, scales[:, None], out=out)
-        if bias is not None:
-            out.add_(bias)
+        y = torch._int_mm(codes, self.codes.t()) * scales[:, None]
+        y.mul_(self.scales)
+        out.copy_(y if bias is None else y.add_(bias.float()))
 
     def transposed_product(self, g: Tensor) -> Tensor:
         """The gradient g·W, (n, in), of g (n, out)."""
