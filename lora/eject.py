@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapted import lora_config, lora_layers
+from lora.fingerprint import FLOATS
 from lora.interrupts import uninterrupted
 from lora.merge import merge as merge_model
 from lora.mergeable import MergeableLinear
@@ -22,7 +23,8 @@ def eject(model: nn.Module, merge: bool = False, dtype: torch.dtype | None = Non
 
     dtype: with merge=True, the dtype of the merged weights, which are then new Parameters: W + ΔW is formed
     in float64 and rounded once. A quantised base needs it, because nothing can be merged into its weights.
-    None keeps the dtype of W.
+    None keeps the dtype of W. Other parameters keep theirs, and layers without adapter stay quantised: call
+    `lora.quantised.dequantise(model, dtype)`, and for a 16-bit model then `model.to(dtype)`.
 
     Raises ValueError for a dtype without merge=True, or if a merged weight is not finite; RuntimeError if the
     model has no adapter, is merged or is inside `disabled`, or as `merge` does. The model is then unchanged.
@@ -30,6 +32,8 @@ def eject(model: nn.Module, merge: bool = False, dtype: torch.dtype | None = Non
     """
     if dtype is not None and not merge:
         raise ValueError(f"dtype: {dtype} is for merge=True; the base weights stay as they are")
+    if dtype not in (None, *FLOATS, torch.float64):
+        raise ValueError(f"dtype: {dtype} is not float32, bfloat16, float16 or float64")
     lora_config(model)  # raises if there is none
     for name, layer in lora_layers(model).items():
         if layer.merged:

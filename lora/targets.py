@@ -76,7 +76,8 @@ def check_saved(model: nn.Module, injection: Injection) -> None:
                 )
     for name in sorted(saved):
         for key, parameter in modules[name].named_parameters():
-            found = why_not_writable(parameter)
+            quantised = "quantised; name it in keep of quantise" if hasattr(parameter, "stored") else ""
+            found = quantised or why_not_writable(parameter)
             if found or not (parameter.is_floating_point() or parameter.is_complex()):
                 raise TypeError(
                     f"modules_to_save: {name}.{key} is {found or parameter.dtype}, which cannot train"

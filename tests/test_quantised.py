@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -35,7 +36,9 @@ from lora import (
     save_adapter,
 )
 from lora.adapted import has_adapter, lora_layers
-from lora.files import CONFIG_FILE, TENSOR_FILE, _from_peft_key, _to_peft_key
+from lora.check import check
+from lora.files import CONFIG_FILE, TENSOR_FILE, _from_peft_key, _to_peft_key, saved_modules
+from lora.fingerprint import difference, fingerprint
 from lora.quantised import Bf16Embedding, dequantise, quantise
 from lora.quantised.int8 import Int8, round_rows
 from lora.quantised.nf4 import BLOCK, LEVELS, NF4, absmax_levels
@@ -74,6 +77,11 @@ def dense(model):
     copied = copy.deepcopy(model)
     dequantise(copied)
     return copied
+
+
+def dense_state(model):
+    """The state of the model with dequantised weights."""
+    return {name: tensor + 0 for name, tensor in model.state_dict().items()}
 
 
 def matrix(rows=48, columns=80, seed=0, scale=0.02):
@@ -411,10 +419,22 @@ def test_ejecting_with_a_dtype_rounds_the_sum_once(precision, variant, input_ids
 
 
 @torch.no_grad()
+def test_ejecting_a_conv1d_with_a_dtype_keeps_its_layout(input_ids):
+    model = gpt2()
+    inject(model, LoraConfig(r=4, target_modules=("c_attn",), modules_to_save=()))
+    randomise_adapter(model)
+    before = model(input_ids).logits
+    eject(model, merge=True, dtype=torch.float32)
+    assert (model(input_ids).logits - before).abs().max() < 1e-4  # float32
+
+
+@torch.no_grad()
 def test_an_ejection_that_fails_changes_nothing(adapted, input_ids):
     before = adapted(input_ids).logits
     with pytest.raises(ValueError, match="dtype: torch.float32 is for merge=True"):
         eject(adapted, dtype=torch.float32)
+    with pytest.raises(ValueError, match="dtype: torch.int8 is not float32, bfloat16"):
+        eject(adapted, merge=True, dtype=torch.int8)
     *_, (name, layer) = lora_layers(adapted).items()
     kept = layer.lora_B.clone()
     layer.lora_B[3, 0] = float("inf")
@@ -478,18 +498,87 @@ def test_copies_and_moves_keep_what_is_stored_and_writes_are_errors(adapted, inp
     weight.data = QuantisedTensor(other.stored)  # what `to` does to a Parameter on another device
     assert weight.stored is other.stored
 
-    model = copy.deepcopy(adapted)
-    for write in (weight.zero_, lambda: weight.add_(1), lambda: weight.copy_(other)):
+    floats = torch.ones(32, 32)
+    for write in (
+        weight.zero_, lambda: weight.add_(1), lambda: weight.copy_(floats),
+        lambda: weight.__setitem__(0, 0), lambda: torch._foreach_mul_([floats, weight], 0.0),
+        lambda: torch.mul(floats, 2, out=weight),
+    ):  # fmt: skip
         with pytest.raises(TypeError, match="a quantised weight cannot be written to"):
             write()
-    with pytest.raises(RuntimeError, match="a quantised weight cannot be written to"):
-        model.load_state_dict(model.state_dict())
-    for write in (model.half, model.bfloat16, lambda: setattr(weight, "data", torch.zeros(32, 32))):
+    for write in (
+        copy.deepcopy(adapted).half,
+        copy.deepcopy(adapted).bfloat16,
+        lambda: setattr(weight, "data", floats),
+    ):
         with pytest.raises(TypeError, match=r"has no other dtype; call lora.quantised.dequantise"):
             write()
     with pytest.raises(TypeError, match="shared memory"):
-        model.share_memory()
+        adapted.share_memory()
+
+    model = copy.deepcopy(adapted)
+    randomise_adapter(model, seed=1)
+    model.load_state_dict(adapted.state_dict())
+    assert torch.equal(model(input_ids).logits, before)
+    other = model.get_submodule(QUERY).weight
+    assert weight.stored.tensors().keys() == other.stored.tensors().keys()
+    for here, there in zip(weight.stored.tensors().values(), other.stored.tensors().values(), strict=True):
+        assert here.data_ptr() != there.data_ptr()
+    with pytest.raises(RuntimeError, match="a quantised weight cannot be written to"):
+        model.load_state_dict(dense_state(adapted))
     assert torch.equal(adapted(input_ids).logits, before)
+
+
+@storages
+def test_bias_empty_batch_and_torch_func_are_as_with_the_dense_matrix(precision):
+    weight = QuantisedTensor(STORED[precision].quantise(matrix(64, 32)))
+    exact = weight.stored.dequantise()
+    bias = torch.ones(64, requires_grad=True)
+    x = matrix(6, 32, seed=1).view(2, 3, 32).requires_grad_()
+    for each in (x, x[:0]):
+        g = torch.randn(len(each), 3, 64)
+        here, there = (
+            torch.autograd.grad(F.linear(input=each, weight=w, bias=bias), (each, bias), g)
+            for w in (weight, exact)
+        )
+        torch.testing.assert_close(here, there, rtol=1e-5, atol=1e-6)  # float32
+    torch.testing.assert_close(F.linear(weight, matrix(3, 32)), F.linear(exact, matrix(3, 32)))
+
+    def loss(x, w):
+        return F.linear(x, w, bias).square().sum()
+
+    for transform in (torch.func.grad(loss), torch.func.vmap(loss, in_dims=(0, None))):
+        torch.testing.assert_close(transform(x, weight), transform(x, exact), rtol=1e-5, atol=1e-5)
+
+
+def test_nf4_does_not_depend_on_the_default_dtype_or_on_subnormal_numbers():
+    weight = matrix(64, 64)
+    weight[3] = 0
+    wanted = NF4.quantise(weight)
+    absmax_levels.cache_clear()
+    torch.set_default_dtype(torch.float64)
+    torch.set_flush_denormal(True)
+    try:
+        found = NF4.quantise(weight)
+        assert torch.equal(found.dequantise(), wanted.dequantise())
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_flush_denormal(False)
+    for name, tensor in wanted.tensors().items():
+        assert torch.equal(tensor, found.tensors()[name])
+
+
+def test_sums_that_int32_cannot_hold_are_computed_in_bfloat16():
+    ones = torch.ones(1, 140_000)
+    out = ones.new_empty(1, 1).bfloat16()
+    Int8.quantise(ones).product(ones.bfloat16(), None, out)
+    assert out.item() == pytest.approx(140_000, rel=2**-8)
+
+
+def test_the_check_of_a_model_accepts_a_quantised_base(adapted, input_ids):
+    report = check(adapted, {"input_ids": input_ids})
+    assert report
+    assert "not compared" in str(report)
 
 
 @torch.no_grad()
@@ -514,6 +603,14 @@ def test_an_adapter_loads_onto_its_own_base_and_no_other(adapted, input_ids, tmp
     load_adapter(equal, tmp_path / "a")
     with pytest.raises(AdapterError, match="with other weights"):
         load_adapter(base(precision, seed=1), tmp_path / "a")
+    fresh = tiny_roberta()
+    inject(fresh, adapted.lora_config)
+    expected = fingerprint(fresh, lora_layers(fresh), saved_modules(fresh, fresh.lora_config))
+    del expected["stored"]  # as before the entry existed
+    here = lora_layers(adapted), saved_modules(adapted, adapted.lora_config)
+    assert f"stored as float32, and those of this model are {precision}" in difference(
+        expected, adapted, *here
+    )
     save_adapter(equal, tmp_path / "c", base="tiny")  # and back
     load_adapter(base(precision), tmp_path / "c")
 
@@ -561,6 +658,10 @@ def test_what_cannot_be_quantised_is_refused_and_the_model_stays(model, config):
         quantise(model, "nf4")
     with pytest.raises(ValueError, match="precision: 'int4' is not one of fp32, bf16, int8, nf4"):
         quantise(model, "int4")
+    with pytest.raises(ValueError, match="keep: 'clasifier' matches no module; there are roberta, "):
+        quantise(model, "int8", keep=("clasifier",))
+    with pytest.raises(ValueError, match="word_embeddings is torch.bfloat16; quantise a float32 model"):
+        quantise(copy.deepcopy(model).bfloat16(), "bf16")
     assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
     transformer = gpt2()
     with pytest.raises(TypeError, match="c_attn is a Conv1D; only an nn.Linear can be quantised"):
@@ -569,6 +670,8 @@ def test_what_cannot_be_quantised_is_refused_and_the_model_stays(model, config):
     quantise(model, "int8")
     with pytest.raises(RuntimeError, match="query is quantised already"):
         quantise(model, "nf4")
+    with pytest.raises(TypeError, match="classifier.dense.weight is quantised; name it in keep"):
+        inject(model, config)
     inject(model, LoraConfig(r=4, modules_to_save=()))
     for change in (lambda: quantise(model, "int8"), lambda: dequantise(model)):
         with pytest.raises(RuntimeError, match="the model has an adapter"):
@@ -633,7 +736,7 @@ def test_evaluate_predict_and_export_use_the_base_that_was_trained_on(run, tmp_p
         assert found["confusion_matrix"] == summary["test_confusion_matrix"]
     assert predict.main([str(folder), "the team lost the final match"]) == 0
     assert capsys.readouterr().out.split("\t")[0] in {"money", "sport", "tech"}
-    assert study(folder).is_file()
+    assert study(folder, matrix_only=True).is_file()
     served = Served([folder])
     assert sum(served.classify("run", "a match", Knobs(-1, 1))["knobs"]) == pytest.approx(1)
     with pytest.raises(InputError, match="the weight is quantised"):
@@ -671,6 +774,16 @@ def test_the_head_alone_trains_and_loads_on_a_quantised_base(precision, tiny_rec
     summary = run_job("tiny", recipe, tmp_path / "run").summary
     assert isinstance(load_trained(tmp_path / "run").model.get_submodule(QUERY).weight, QuantisedTensor)
     assert evaluate.evaluate(tmp_path / "run", None)["scores"].accuracy == summary["test_accuracy"]
+
+
+def test_a_base_that_does_not_fit_is_an_error_without_traceback(tiny_recipe, tmp_path):
+    odd = shutil.copytree(tiny_recipe.model, tmp_path / "odd")
+    model = AutoModelForSequenceClassification.from_pretrained(odd)
+    model.get_submodule(QUERY).weight.data[0, 0] = float("inf")
+    model.save_pretrained(odd)
+    recipe = dataclasses.replace(tiny_recipe, model=str(odd), base_precision="nf4")
+    with pytest.raises(RecipeError, match=f"base_precision: {QUERY}: a value is not finite"):
+        run_job("tiny", recipe, tmp_path / "run")
 
 
 def test_a_base_that_trains_cannot_be_quantised(tiny_recipe):

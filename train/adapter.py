@@ -1,4 +1,4 @@
-"""Injects the adapter that a recipe describes, on training rows if its start depends on them."""
+"""Prepares a model as a recipe describes: how its base is stored, and its adapter."""
 
 from __future__ import annotations
 
@@ -12,11 +12,21 @@ from torch import nn
 
 from lora import inject
 from lora.inject import derived_seed, layer_class
+from lora.quantised import quantise
+from model import HEAD
 from train.batches import batches_by_length, collate, encode
 from train.config import Recipe, RecipeError
 from train.layers import load_layer
 
 START_BATCHES = 8  # of the training rows, for a start that depends on them
+
+
+def quantise_base(model: nn.Module, precision: str) -> None:
+    """Stores the weights of the base, not of the head, in `precision`. Raises RecipeError if it cannot be."""
+    try:
+        quantise(model, precision, keep=HEAD)
+    except (TypeError, ValueError) as error:
+        raise RecipeError(f"base_precision: {error}") from error
 
 
 def inject_adapter(

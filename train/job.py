@@ -19,10 +19,9 @@ from transformers import PreTrainedModel
 from lora import ParameterCount, check_layer, count_parameters
 from lora.fingerprint import config_fields
 from lora.modules import train_only
-from lora.quantised import quantise
 from lora.storage import digest, write_atomically
 from model import HEAD, load_base, speed_up
-from train.adapter import inject_adapter
+from train.adapter import inject_adapter, quantise_base
 from train.batches import Encoded, encode, tokenizer_digest
 from train.checkpoint import base_tensors, list_checkpoints, load_last_checkpoint, save_checkpoint
 from train.config import Recipe, RecipeError
@@ -122,9 +121,10 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
             else SilentConsole()
         )
         with closing(console):
+            stored = f" in {recipe.base_precision}" if recipe.base_precision != "fp32" else ""
             processes = f", {world.size} processes" if world.size > 1 else ""
             console.say(
-                f"{name}: {recipe.model} on {recipe.data}, {recipe.method}, {precision} on"
+                f"{name}: {recipe.model}{stored} on {recipe.data}, {recipe.method}, {precision} on"
                 f" {device_name(device)}{processes}\n"
                 f"{len(train)} training, {len(validation)} validation, {len(test)} test texts,"
                 f" {len(news.labels)} classes\n{counts}"
@@ -165,7 +165,7 @@ def _make_model(recipe: Recipe, news: News) -> tuple[PreTrainedModel, Any, Param
         raise RunError(
             f"max_length_tokens: {recipe.max_length_tokens}, and {recipe.model} reads {longest} at most"
         )
-    quantise(model, recipe.base_precision, keep=HEAD)
+    quantise_base(model, recipe.base_precision)
     if recipe.method == "lora":
         inject_adapter(model, recipe, tokenizer, lambda: news.train)
     elif recipe.method == "head":

@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from lora import Adapter, AdapterError, Adapters, MergeableLinear, read_adapter, save_adapter
 from lora.files import CONFIG_FILE, TENSOR_FILE, load_read
 from lora.fingerprint import config_fields
-from lora.quantised import PRECISIONS, quantise
+from lora.quantised import PRECISIONS
 from lora.storage import DamagedFileError, digest, read_tensors, write_tensors
-from model import HEAD, load_base
+from model import load_base
+from train.adapter import quantise_base
 from train.batches import tokenizer_digest
 from train.config import Recipe
 from train.layers import layer_digest, load_layer
@@ -69,7 +70,7 @@ class TrainedAdapter:
         """The base model as in training, with the adapter's labels; its tokenizer. Raises ModelError."""
         name, labels = str(self.content.base), self.labels
         model, tokenizer = load_base(name, num_labels=len(labels), labels=labels, seed=self._seed)
-        quantise(model, self._precision, keep=HEAD)
+        quantise_base(model, self._precision)
         return model, tokenizer
 
 
@@ -207,7 +208,7 @@ def _load_weights(path: Path) -> Trained:
         raise RunError(f"{path}: not written by this project (no metadata entry {_ENTRY!r})")
     labels = tuple(note["labels"])
     model, tokenizer = load_base(note["model"], num_labels=len(labels), labels=labels, seed=note["seed"])
-    quantise(model, note.get("base_precision", "fp32"), keep=HEAD)
+    quantise_base(model, note.get("base_precision", "fp32"))
     parameters = dict(model.named_parameters())
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if shapes != {name: parameters[name].shape for name in shapes if name in parameters}:

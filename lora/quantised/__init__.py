@@ -5,7 +5,7 @@ Read `nf4.py`, `int8.py` and `tensor.py` in this order. `quantise` changes how a
     fp32   4 bytes a number, as loaded
     bf16   2 bytes
     int8   1 byte, and one float32 scale for each row          (int8.py)
-    nf4    half a byte, and 1/64 of two bytes for the scales    (nf4.py)
+    nf4    half a byte, and a scale of about a byte for each 64  (nf4.py)
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ PRECISIONS = ("fp32", *_ROUND)
 
 
 def quantise(model: nn.Module, precision: str, keep: Sequence[str] = ()) -> None:
-    """Stores the weights of all linear layers and embeddings in `precision`, in place, and freezes them.
+    """Stores the weights of all linear layers and embeddings in `precision`, in place, and freezes these.
 
-    Call it before `inject`. Linear layers are stored as "bf16", "int8" or "nf4" says, embeddings as bfloat16.
-    An embedding still returns float32. Biases and norms stay as they are, and so do modules whose names end
-    with one of `keep`, such as a new head, weights that several modules share, and the output layer of a
-    language model. "fp32" changes nothing.
+    Call it before `inject`, on a float32 model. Linear layers are stored as "bf16", "int8" or "nf4" says,
+    embeddings as bfloat16. An embedding still returns float32. Biases and norms stay as they are, and so do
+    modules whose names end with one of `keep`, such as a new head, weights that several modules share, and
+    the output layer of a language model. "fp32" changes nothing. `model.half()` and the like fail afterwards,
+    and may have converted other parameters by then.
 
-    Raises RuntimeError if the model has an adapter or is quantised, ValueError for an unknown precision or a
-    weight that cannot be stored, TypeError for a layer that is no nn.Linear. The model is then unchanged.
+    Raises RuntimeError if the model has an adapter or is quantised, ValueError for an unknown precision, a
+    pattern of `keep` that matches nothing or a weight that cannot be stored, TypeError for a layer that is no
+    nn.Linear. The model is then unchanged.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
@@ -45,6 +47,11 @@ def quantise(model: nn.Module, precision: str, keep: Sequence[str] = ()) -> None
     if precision == "fp32":
         return
     modules = unique_modules(model)
+    for pattern in keep:
+        if not any(ends_with(name, pattern) for name in modules):
+            raise ValueError(
+                f"keep: {pattern!r} matches no module; there are {', '.join(filter(None, modules))}"
+            )
     kept = [f"{name}." for name in modules if any(ends_with(name, pattern) for pattern in keep)]
     names = {id(modules[name]): name for name in all_linear(model) if name in modules}
     uses: dict[int, int] = {}  # of each weight: a tied one stays as it is
@@ -60,10 +67,11 @@ def quantise(model: nn.Module, precision: str, keep: Sequence[str] = ()) -> None
             raise RuntimeError(f"{name} is quantised already")
         if id(module) in names:
             if not isinstance(module, nn.Linear):
-                raise TypeError(f"{name} is a {type(module).__name__}; only an nn.Linear can be quantised")
+                kind = type(module).__name__
+                raise TypeError(f"{name} is a {kind}; only an nn.Linear can be quantised; name it in keep")
             new[module] = nn.Parameter(_stored(name, weight, precision), requires_grad=False)
         elif type(module) is nn.Embedding:
-            new[module] = nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
+            new[module] = nn.Parameter(_float32(name, weight).bfloat16(), requires_grad=False)
     with uninterrupted():
         for module, weight in new.items():
             module.weight = weight
@@ -73,6 +81,8 @@ def quantise(model: nn.Module, precision: str, keep: Sequence[str] = ()) -> None
 
 def dequantise(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
     """Stores all weights that `quantise` has changed in `dtype` again, in place. What was rounded stays so.
+
+    For a model in another dtype than float32, `model.to(dtype)` then converts the other parameters.
 
     Raises RuntimeError if the model has an adapter.
     """
@@ -88,9 +98,16 @@ def dequantise(model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
                 module.__class__ = nn.Embedding  # type: ignore[assignment]
 
 
+def _float32(name: str, weight: Tensor) -> Tensor:
+    if weight.dtype != torch.float32:  # norms and biases keep their dtype, and must agree with the outputs
+        raise ValueError(f"{name} is {weight.dtype}; quantise a float32 model")
+    return weight.detach()
+
+
 def _stored(name: str, weight: Tensor, precision: str) -> Tensor:
+    weight = _float32(name, weight)
     try:
-        return QuantisedTensor(_ROUND[precision](weight.detach()))
+        return QuantisedTensor(_ROUND[precision](weight))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 

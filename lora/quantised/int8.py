@@ -4,8 +4,8 @@
 
 The error of a number is at most half of its row's scale, and zero stays zero.
 
-Under autocast to bfloat16 on a CPU the products with W are computed in int8 too, in half the time. The rows
-of x are rounded in the same way, x ≈ s ⊙ X, and
+In bfloat16 on a CPU, as under autocast, the products with W are computed in int8 too, in half the time. The
+rows of x are rounded in the same way, x ≈ s ⊙ X, and
 
     x·Wᵀ ≈ s ⊙ (X·Qᵀ) ⊙ scaleᵀ        X·Qᵀ in int32, exactly
 
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from lora.quantised.tensor import Stored
 
+_LONGEST = 2**31 // 127**2  # products whose sum fits in int32
 _TINY = 1e-36  # instead of the largest value of a row of zeros; its inverse is finite
 
 
@@ -73,7 +74,7 @@ class Int8(Stored):
 
 
 def _in_int8(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[1] <= _LONGEST
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ from lora.quantised.tensor import Stored
 
 BLOCK = 64  # numbers that share an absmax
 ABSMAX_BLOCK = 256  # absmax values that share a scale
-_TINY = 1e-38  # instead of the absmax of a block of zeros; its inverse is finite
+_TINY = 2e-38  # a normal number instead of the absmax of a block of zeros; its inverse is finite
 LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
@@ -48,9 +48,9 @@ def absmax_levels() -> Tensor:
     Seven decades, from 1e-7 to 1, on either side of zero. Each decade has twice as many levels as the one
     below it, in the middles of equal intervals. Zero and one are added.
     """
-    levels = [torch.zeros(1), torch.ones(1)]
+    levels = [torch.zeros(1, dtype=torch.float32), torch.ones(1, dtype=torch.float32)]
     for decade in range(7):
-        ends = torch.linspace(0.1, 1, 2**decade + 1)
+        ends = torch.linspace(0.1, 1, 2**decade + 1, dtype=torch.float32)
         middles = 10.0 ** (decade - 6) * ((ends[:-1] + ends[1:]) / 2)
         levels += [middles, -middles]
     return torch.cat(levels).sort().values
@@ -88,7 +88,7 @@ class NF4(Stored):
             raise ValueError(f"{tuple(weight.shape)}: the number of elements is not a multiple of {BLOCK}")
         if not weight.isfinite().all():
             raise ValueError("a value is not finite")
-        levels = torch.tensor(LEVELS, device=weight.device)
+        levels = torch.tensor(LEVELS, dtype=torch.float32, device=weight.device)
         codes, absmax = _nearest(weight.float().reshape(-1, BLOCK), levels)
         packed = codes[:, ::2] << 4 | codes[:, 1::2]
         mean = absmax.mean()
@@ -107,7 +107,7 @@ class NF4(Stored):
 
 def _pairs(device: torch.device) -> Tensor:
     """The two levels of each byte in one int64, (256,), for a single lookup."""
-    levels = torch.tensor(LEVELS, device=device)
+    levels = torch.tensor(LEVELS, dtype=torch.float32, device=device)
     return torch.cartesian_prod(levels, levels).view(torch.int64).flatten()
 
 

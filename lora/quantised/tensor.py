@@ -7,7 +7,8 @@ takes the place of the weight of an nn.Linear, and the layer stays an nn.Linear,
     W.double(), W.bfloat16()   the dense matrix: computed in float32, then in that dtype
     W.to(device), W.clone()    a QuantisedTensor
     any other operation        dequantises it to float32 first
-    writing to it              an error
+    writing to it              an error, but for copying another one that is stored alike, as
+                               load_state_dict does. A part of it, such as W[0], is a dense copy
 
 So the model is the base that the adapter is trained on: W means the dequantised matrix everywhere.
 """
@@ -116,6 +117,8 @@ class QuantisedTensor(Tensor):
     ) -> Any:
         if function is F.linear:
             return linear(*args, **(kwargs or {}))
+        if function is Tensor.__setitem__ and isinstance(args[0], QuantisedTensor):
+            raise TypeError("a quantised weight cannot be written to")
         if function is Tensor.share_memory_:
             raise TypeError("a quantised weight cannot be moved to shared memory")
         is_assignment = function == Tensor.data.__set__  # type: ignore[attr-defined]
@@ -147,11 +150,24 @@ class QuantisedTensor(Tensor):
                     return QuantisedTensor(first.stored.mapped(lambda tensor: tensor.to(device, copy=True)))
                 if dtype.is_floating_point:
                     return first.stored.dequantise(dtype).to(kwargs.get("device") or first.device)
-            if function._schema.is_mutable:
+            if function is torch.ops.aten.copy_.default and _is_alike(first, args[1]):
+                first.stored = args[1].stored.mapped(lambda tensor: tensor.to(first.device, copy=True))
+                return first
+        if function._schema.is_mutable:
+            named = zip(function._schema.arguments, args, strict=False)
+            written = [value for each, value in named if each.alias_info and each.alias_info.is_write]
+            written += [kwargs.get(each.name) for each in function._schema.arguments if each.is_out]
+            if any(isinstance(leaf, QuantisedTensor) for leaf in torch.utils._pytree.tree_leaves(written)):
                 raise TypeError(f"{function}: a quantised weight cannot be written to")
         args = torch.utils._pytree.tree_map_only(QuantisedTensor, lambda q: q.stored.dequantise(), args)
         kwargs = torch.utils._pytree.tree_map_only(QuantisedTensor, lambda q: q.stored.dequantise(), kwargs)
         return function(*args, **kwargs)
+
+
+def _is_alike(tensor: QuantisedTensor, other: Any) -> bool:
+    if not isinstance(other, QuantisedTensor):
+        return False
+    return type(tensor.stored) is type(other.stored) and tensor.shape == other.shape
 
 
 def stored_tensors(tensor: Tensor) -> list[Tensor]:
@@ -159,18 +175,24 @@ def stored_tensors(tensor: Tensor) -> list[Tensor]:
     return [*tensor.stored.tensors().values()] if isinstance(tensor, QuantisedTensor) else [tensor]
 
 
-def linear(x: Tensor, weight: QuantisedTensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear of a quantised weight: x (..., in) -> (..., out), in the autocast dtype or else that of x.
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear of a quantised weight: input (..., in) -> (..., out), in the autocast dtype or else its own.
 
     Raises RuntimeError if the weight requires a gradient.
     """
-    if weight.requires_grad:
-        raise RuntimeError("a quantised weight cannot train; call lora.quantised.dequantise(model) first")
-    device = x.device.type
-    if torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
-    out: Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
-    return out
+    if isinstance(input, QuantisedTensor):
+        input = input.stored.dequantise()
+    if isinstance(weight, QuantisedTensor):
+        if weight.requires_grad:
+            raise RuntimeError("a quantised weight cannot train; call lora.quantised.dequantise(model) first")
+        if not torch._C._are_functorch_transforms_active():  # torch.func needs ordinary ops
+            device = input.device.type
+            if torch.is_autocast_enabled(device) and input.dtype != torch.float64:
+                input = input.to(torch.get_autocast_dtype(device))
+            out: Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
+            return out
+        weight = weight.stored.dequantise(input.dtype)
+    return F.linear(input, weight, bias)
 
 
 class _Linear(torch.autograd.Function):
@@ -187,7 +209,7 @@ class _Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.stored.transposed_product(rows).view(*grad.shape[:-1], -1)
+            grad_x = ctx.stored.transposed_product(rows).view(*grad.shape[:-1], ctx.stored.shape[1])
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, None, grad_bias
