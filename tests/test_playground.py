@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from lora.errors import UserError
+from lora.storage import digest
 from model import speed_up
 from train import predict
 from train.anatomy import experiments
@@ -51,12 +53,32 @@ def shared(folders):
     return Served([folders / name for name in ("one", "two", "dora")])
 
 
+def state_of(served):
+    """A digest of every weight, buffer and setting between two requests."""
+    with served._lock:
+        return _state_of(served)
+
+
+def _state_of(served):
+    tensors = {name: tensor.detach() for name, tensor in served.model.state_dict().items()}
+    settings = {"active": served.adapters.active, "adapters": list(served.adapters.names)}
+    for run in served.runs:
+        named = served.adapters[run]
+        for name, module in (*named.layers.items(), *named.saved.items()):
+            tensors |= {f"{run} {name} {key}": value for key, value in module.state_dict().items()}
+        for name, layer in named.layers.items():
+            numbers = {key: getattr(layer, key) for key in layer.watched_settings}
+            hooks = len(layer._forward_pre_hooks)
+            settings[f"{run} {name}"] = [numbers, layer.enabled, layer.merged, hooks]
+    return digest(tensors, settings)
+
+
 @pytest.fixture
 def served(shared):
     """The served model, compared bit for bit with what it was before the test."""
-    before, outputs = shared.state(), shared.classify("one", TEXT, Knobs())
+    before, outputs = state_of(shared), shared.classify("one", TEXT, Knobs())
     yield shared
-    assert shared.state() == before
+    assert state_of(shared) == before
     assert shared.classify("one", TEXT, Knobs()) == outputs
 
 
@@ -236,14 +258,16 @@ def test_excitation_is_the_norm_of_a_times_the_input(served, folders):
 
 def test_a_mixture_is_one_forward_in_which_each_run_is_itself(served, folders):
     found = served.mix(TEXT, {"one": 0.0, "two": 1.0})
-    assert list(found) == ["one", "two", "dora", "sum"]
+    assert list(found["runs"]) == ["one", "two", "dora"]
     for name in ("one", "two", "dora"):
         # bit for bit in a batch of the same shape, as Adapters.rows promises
-        assert found[name] == probabilities_alone(folders / name, [TEXT] * 4, served.precision)
-    assert found["sum"] == pytest.approx(found["two"], abs=1e-6)  # B is rounded once more
+        assert found["runs"][name] == probabilities_alone(folders / name, [TEXT] * 4, served.precision)
+    assert found["sum"] == pytest.approx(found["runs"]["two"], abs=1e-6)  # B is rounded once more
     opposite = served.mix(TEXT, {"one": -1.0})["sum"]
     assert opposite == pytest.approx(served.classify("one", TEXT, Knobs(-1))["knobs"], abs=1e-6)
-    assert list(served.mix(TEXT, {})) == ["one", "two", "dora"]
+    assert served.mix(TEXT, {})["sum"] is None
+    with pytest.raises(InputError, match="weights: not a mapping"):
+        served.mix(TEXT, ["one"])
 
 
 def test_merging_changes_the_weights_and_unmerging_restores_them(served):
@@ -295,7 +319,20 @@ def test_a_long_text_is_read_as_far_as_the_model_reads(served, folders):
     alone = probabilities_alone(folders / "one", [text], served.precision)
     assert served.classify("one", text, Knobs())["adapter"] == alone
     assert len(served._read(text)) < 1000
+    assert len(served._read(text.replace(" ", "\n"))) < 1000
     assert served._read("x" * 5000) == "x" * 5000
+    assert len(page.show_tokens(*served.influence("one", "x" * 100_000, Knobs()), "x" * 100_000)) < 2000
+
+
+def test_long_work_ends_with_the_server(served, monkeypatch):
+    work = served.score("one", Knobs())
+    next(work)
+    monkeypatch.setattr(served, "ended", threading.Event())
+    served.ended.set()
+    with pytest.raises(InputError, match="the server has ended"):
+        next(work)
+    with pytest.raises(InputError, match="part: 'foo' is not sample or test"):
+        next(served.score("one", Knobs(), "foo"))
 
 
 ODD_TEXTS = ["\x00\x01\x1b[31m\u202e\x7f", SCRIPT, "word " * (LONGEST_TEXT // 5), "👩\u200d🚀 ﷽ ä" * 50]

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from train.command import CommandParser, print_error, run_command
-from train.runs import CONFIG, RUNS, RunError, newest_run
+from train.runs import CONFIG, RUNS, SUMMARY, RunError, newest_run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,6 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     # gradio and huggingface_hub read these when they are imported.
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    for name in ("no_proxy", "NO_PROXY"):  # gradio asks its own server whether it is ready
+        os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1")))
     return run_command(lambda: _play(options.runs))
 
 
@@ -50,6 +52,8 @@ def _train() -> int:
     from train import cli
 
     folder = RUNS / "quickstart"
+    if (folder / SUMMARY).is_file():
+        return print_error(f"{folder}: not a LoRA run; name a run, or move this one")
     print(
         f"there is no finished run in {RUNS}/; training the quickstart first takes minutes", file=sys.stderr
     )

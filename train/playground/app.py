@@ -27,7 +27,7 @@ from train.playground.handlers import (
     rank_settings,
     scale_settings,
 )
-from train.playground.served import Served
+from train.playground.served import LONGEST_TEXT, Served
 
 Report = Callable[[str], None]
 
@@ -35,11 +35,13 @@ Report = Callable[[str], None]
 def serve(folders: Sequence[Path], report: Report) -> None:
     """Serves the page until Ctrl-C. Raises RunError, and what loading raises."""
     report("loading")
-    demo, url = launch(Served(folders))
+    served = Served(folders)
+    demo, url = launch(served)
     report(f"open {url} in a browser; Ctrl-C ends it")
     try:
         threading.Event().wait()
     finally:
+        served.ended.set()
         demo.close(verbose=False)
 
 
@@ -68,7 +70,14 @@ def build(served: Served) -> gr.Blocks:
         gr.HTML("<h2>Try</h2>")
         with gr.Row():
             with gr.Column():
-                text = gr.Textbox(run.examples[0].text, label="text", lines=6, max_lines=12, elem_id="text")
+                text = gr.Textbox(
+                    run.examples[0].text,
+                    label="text",
+                    lines=6,
+                    max_lines=12,
+                    max_length=LONGEST_TEXT,
+                    elem_id="text",
+                )
                 example = gr.Dropdown(
                     example_choices(run),
                     value=None,
@@ -80,6 +89,10 @@ def build(served: Served) -> gr.Blocks:
         tokens = gr.HTML(elem_id="tokens")
 
         gr.HTML("<h2>Turn the knobs</h2>")
+        gr.HTML(page.show_note(
+            "Change one at a time, and watch the probabilities above and the accuracy here: how much of ΔW "
+            "does the decision need? A layer is a projection in a block; block 0 is next to the input."
+        ))  # fmt: skip
         with gr.Row():
             with gr.Column():
                 scale = gr.Slider(
@@ -102,6 +115,9 @@ def build(served: Served) -> gr.Blocks:
         heat = gr.HTML(elem_id="heat")
 
         gr.HTML("<h2>Compare and mix</h2>")
+        gr.HTML(
+            page.show_note("Each run classifies the text above. Weights add up their ΔW to another adapter.")
+        )
         with gr.Row():
             with gr.Column():
                 weights = [
@@ -115,10 +131,12 @@ def build(served: Served) -> gr.Blocks:
                 mixed = gr.HTML(elem_id="mixed")
 
         gr.HTML("<h2>Merge</h2>")
+        stored = run.recipe.base_precision
         gr.HTML(page.show_note(
             "Merging writes W + ΔW in place of W, and unmerging restores W. Other visitors wait meanwhile."
+            if stored == "fp32" else f"The base is stored in {stored}, into which ΔW cannot be merged."
         ))  # fmt: skip
-        merge = gr.Button("merge, classify the text, and unmerge", elem_id="merge")
+        merge = gr.Button("merge, classify the text, and unmerge", elem_id="merge", visible=stored == "fp32")
         merged = gr.HTML(elem_id="merged")
         gr.HTML("<h2>HTTP API</h2>")
 

@@ -8,7 +8,7 @@ from typing import Any
 from starlette.responses import PlainTextResponse
 
 HOST = "127.0.0.1"
-_MOST_BYTES = 8 * 2**20  # of a request: a text of the largest size, with every character escaped in JSON
+_MOST_BYTES = 13 * 2**20  # of a request: a text of the largest size, with every character escaped in JSON
 # What the page and its HTTP API need of gradio's routes. Uploads, files and proxies are not among them.
 _ROUTES = re.compile(
     r"/|/(assets|static|svelte)/.*|/(theme\.css|favicon\.ico|config|manifest\.json)"
@@ -28,8 +28,11 @@ class Guard:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Passes a request on, or refuses it."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # a websocket, which gradio does not use
+            await send({"type": "websocket.close"})
             return
         headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
         host, length = headers.get("host", ""), headers.get("content-length", "")

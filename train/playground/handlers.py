@@ -43,7 +43,8 @@ class Handlers:
     def classify(self, text: str, *knobs: Any) -> str:
         """The class probabilities of the text."""
         run, changed = self._turned(*knobs)
-        return page.show_probabilities(self.served.classify(run.name, text, changed), text)
+        label = next((example.label for example in run.examples if example.text == text), "")
+        return page.show_probabilities(self.served.classify(run.name, text, changed), text, label)
 
     @_shown
     def explain(self, text: str, *knobs: Any) -> str:
@@ -57,19 +58,24 @@ class Handlers:
         session: of the visitor. It is changed in place, so that an older computation sees a newer one, and
         stops. Moving several controls at once asks several times for the same, which is computed once.
         """
-        run, changed = asked = self._turned(*knobs)
+        run, changed = self._turned(*knobs)
+        asked = [run.name, changed]
         if session.get("asked") == asked:
             yield gr.skip(), gr.skip()
             return
         session["asked"] = asked
         words = page.describe(run, changed)
         shown = 0.0
-        for rows, scores in self.served.score(run.name, changed):
-            if session["asked"] != asked:
-                return
-            if time.monotonic() - shown > _PROGRESS_SECONDS:
-                shown = time.monotonic()
-                yield page.show_score("validation articles", words, rows, scores), gr.skip()
+        try:
+            for rows, scores in self.served.score(run.name, changed):
+                if session["asked"] is not asked:  # it may be equal to this one
+                    return
+                if time.monotonic() - shown > _PROGRESS_SECONDS:
+                    shown = time.monotonic()
+                    yield page.show_score("validation articles", words, rows, scores), gr.skip()
+        except BaseException:
+            session["asked"] = None  # so that the same can be asked again
+            raise
         tries = session.setdefault("tries", [])
         tries.append({"knobs": words, "accuracy": scores.accuracy})
         del tries[:-_MOST_TRIES]
@@ -80,7 +86,7 @@ class Handlers:
         run, changed = self._turned(*knobs)
         for rows, scores in self.served.score(run.name, changed, "test"):
             words = page.describe(run, changed)
-            yield page.show_score("test articles", words, rows, scores, interval=True)
+            yield page.show_score("test articles", words, rows, scores)
 
     def look_inside(self, *knobs: Any) -> str:
         """The spectra and sizes of ΔW."""
@@ -147,7 +153,7 @@ def scale_settings(run: ServedRun) -> dict[str, Any]:
 def rank_settings(served: Served, run: ServedRun) -> dict[str, Any]:
     """The rank slider of a run. Its range is that of all runs; a rank above the run's cuts nothing."""
     largest = max(1, *(each.rank for each in served.runs.values()))
-    info = f"off: {run.off}" if run.off else f"of r = {run.rank}: the largest singular values of each ΔW"
+    info = f"off: {run.off}" if run.off else f"of {run.rank}: the largest singular values of each ΔW"
     return {
         "minimum": 0, "maximum": largest, "value": run.rank or largest, "step": 1, "interactive": not run.off,
         "info": info,
@@ -162,7 +168,7 @@ def layer_settings(served: Served, run: ServedRun) -> dict[str, Any]:
     """
     names = sorted({name for each in served.runs.values() for name in each.layers}, key=_by_block)
     others = len(names) - len(run.layers)
-    info = f"{run.name} adapts {len(run.layers)} of these; the others have no effect" if others else None
+    info = f"this run adapts {len(run.layers)} of these; the others have no effect" if others else None
     return {"choices": [(short_name(name), name) for name in names], "value": list(run.layers), "info": info}
 
 
@@ -173,6 +179,11 @@ def _by_block(name: str) -> tuple[int, str]:
 
 def example_choices(run: ServedRun) -> list[tuple[str, int]]:
     """The examples of a run, by their numbers."""
-    kinds = [f"mistake: {each.wrong} for {each.label}" if each.wrong else each.label for each in run.examples]
+    kinds = [
+        f"mistake: predicted {each.wrong} ({each.probability:.2f}), is {each.label}"
+        if each.wrong
+        else each.label
+        for each in run.examples
+    ]
     pairs = zip(kinds, run.examples, strict=True)
     return [(f"{kind} · {excerpt(each.text, 40)}", number) for number, (kind, each) in enumerate(pairs)]

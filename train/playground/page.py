@@ -15,7 +15,7 @@ from train.page import page_template
 from train.playground.runs import ServedRun
 from train.playground.served import Knobs, Served
 
-_REST = 300  # characters after those that the model read that the page shows
+_REST = 300  # characters that the page shows of a piece, and after those that the model read
 # What a browser would not show, or would reorder: control characters, and marks of the writing direction.
 _INVISIBLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff\ufff9-\ufffb]"
@@ -60,9 +60,9 @@ def show_message(text: str) -> str:
     return str(_parts.message(text))
 
 
-def show_probabilities(found: dict[str, Any], text: str) -> str:
-    """The result of Served.classify as bars."""
-    return str(_parts.probabilities(found, len(text)))
+def show_probabilities(found: dict[str, Any], text: str, label: str = "") -> str:
+    """The result of Served.classify as bars. label: the true class, if it is known."""
+    return str(_parts.probabilities(found, len(text), label))
 
 
 def show_tokens(pieces: list[tuple[int, int, float]], label: str, text: str) -> str:
@@ -71,7 +71,9 @@ def show_tokens(pieces: list[tuple[int, int, float]], label: str, text: str) -> 
     shown, last = [], 0
     for _, end, value in pieces:
         # the space between two pieces belongs to the second
-        shown.append((text[last:end], value / most, value))
+        piece = text[last:end]
+        piece = piece if len(piece) <= _REST else f"{piece[:_REST]}…"
+        shown.append((piece, value / most, value))
         last = end
     rest = text[last : last + _REST]
     if len(text) > last + _REST:
@@ -79,10 +81,10 @@ def show_tokens(pieces: list[tuple[int, int, float]], label: str, text: str) -> 
     return str(_parts.tokens(shown, label, rest))
 
 
-def show_score(what: str, knobs: str, rows: int, scores: Scores, interval: bool = False) -> str:
+def show_score(what: str, knobs: str, rows: int, scores: Scores) -> str:
     """The accuracy on the rows so far with the knobs in words, and a progress bar."""
     done = int(scores.confusion.sum())
-    more = (scores.interval, scores.macro_f1) if interval and done == rows else ()
+    more = (scores.interval, scores.macro_f1) if done == rows else ()
     return str(_parts.score(what, knobs, done, rows, scores.accuracy, *more))
 
 
@@ -104,7 +106,7 @@ def show_excitation(tokens: list[str], norms: dict[str, list[float]]) -> str:
     return str(_parts.heat(tokens, norms, short_name))
 
 
-def show_mix(labels: tuple[str, ...], found: dict[str, list[float]]) -> str:
+def show_mix(labels: tuple[str, ...], found: dict[str, Any]) -> str:
     """The result of Served.mix as bars."""
     return str(_parts.mixed(labels, found))
 

@@ -73,10 +73,11 @@ def make_served_run(
     sample = news.validation.select(np.linspace(0, len(news.validation) - 1, size).astype(int))
     spectra, sizes = {}, {}
     low_rank = {name: layer for name, layer in layers.items() if has_low_rank(layer)}
-    others = {type(layer).__name__.removeprefix("Fast") for layer in layers.values()}
     off = ""
     if len(low_rank) < len(layers):
-        off = f"the update of a {min(others)} is not scaling·B·A, so it has no scale and no rank to change"
+        other = next(layer for name, layer in layers.items() if name not in low_rank)
+        kind = type(other).__name__.removeprefix("Fast")
+        off = f"the update of a {kind} is not scaling·B·A, so it has no scale and no rank to change"
     else:
         with one_thread():
             for name, layer in low_rank.items():

@@ -8,6 +8,7 @@ gives up the lock after each batch, so that short requests are answered in betwe
 from __future__ import annotations
 
 import functools
+import re
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +40,7 @@ LONGEST_TEXT = 2**20  # characters
 _SAMPLE_BATCH = 4  # small, so that a text does not wait long for the lock
 _PIECES = 32  # parts of a text at most whose influence is computed
 _SUM = "/sum"  # the name of the weighted sum; no run's folder has a slash in its name
+_TOKENIZING = threading.Lock()  # truncation is state of a fast tokenizer
 
 
 class InputError(UserError, ValueError):
@@ -67,6 +69,7 @@ class Served:
     def __init__(self, folders: Sequence[Path]):
         """Loads finished LoRA runs on one base. Raises RunError, and what loading raises."""
         self._lock = threading.Lock()
+        self.ended = threading.Event()  # once it is set, long work stops with an InputError
         # Moving a knob changes neither, so they are computed once for each text.
         self._without_knobs = functools.lru_cache(maxsize=64)(self._base_and_adapter)
         adapters: dict[str, TrainedAdapter] = {}
@@ -98,11 +101,6 @@ class Served:
     def labels(self) -> tuple[str, ...]:
         """The class names."""
         return next(iter(self.runs.values())).trained.labels
-
-    def state(self) -> str:
-        """A digest of every weight, buffer and setting, by which a change of the served model is detected."""
-        with self._lock:
-            return self._digest()
 
     def classify(self, name: str, text: str, knobs: Knobs) -> dict[str, Any]:
         """The class probabilities of a text: base (with the trained head), adapter, and with the knobs.
@@ -175,7 +173,9 @@ class Served:
         part: "sample" of the validation articles, or "test", which `train.evaluate` scores too.
         """
         run = self._run(name)
-        rows = {"sample": run.sample, "test": run.test}[part]
+        if part not in ("sample", "test"):
+            raise InputError(f"part: {part!r} is not sample or test")
+        rows = run.sample if part == "sample" else run.test
         size = _SAMPLE_BATCH if part == "sample" else 2 * run.recipe.batch_size  # that of train.evaluate
         pad = run.trained.tokenizer.pad_token_id
         truth, predicted = np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
@@ -186,13 +186,14 @@ class Served:
             predicted = np.concatenate([predicted, logits.argmax(1).cpu().numpy()])
             yield len(rows), Scores.of(truth, predicted, len(self.labels))
 
-    def mix(self, text: str, weights: Mapping[str, float]) -> dict[str, list[float]]:
-        """The class probabilities of a text by each run and by the weighted sum of their ΔW, in one forward.
+    def mix(self, text: str, weights: Mapping[str, float]) -> dict[str, Any]:
+        """The class probabilities of a text by the `runs`, and by the weighted `sum` of ΔW, in one forward.
 
-        The key of the sum is "sum". Its head is that of the run with the largest weight. Without weights
-        there is no sum.
+        The head of the sum is that of the run with the largest weight. Without weights it is None.
         """
         text = self._read(text)
+        if not isinstance(weights, Mapping):
+            raise InputError("weights: not a mapping of runs to numbers")
         for name, weight in weights.items():
             if type(weight) not in (int, float) or not -100 <= weight <= 100:
                 raise InputError(f"weight of {name!r}: {weight!r} is not a number from -100 to 100")
@@ -211,7 +212,8 @@ class Served:
             with self.adapters.rows(names):
                 logits = self._logits(padded["input_ids"], padded["attention_mask"])
             found = torch.softmax(logits, dim=1).tolist()
-        return {name.lstrip("/"): row for name, row in zip(names, found, strict=True)}
+        rows = dict(zip(names, found, strict=True))
+        return {"sum": rows.pop(_SUM, None), "runs": rows}
 
     def merge_and_unmerge(self, name: str, text: str) -> dict[str, Any]:
         """Merges an adapter and unmerges it: probabilities, digests of all weights, and seconds."""
@@ -266,14 +268,15 @@ class Served:
         if not is_unicode(text):
             raise InputError("the text is not Unicode: it has a lone surrogate")
         run = max(self.runs.values(), key=lambda run: run.trained.max_length_tokens)
-        start = text[: 50 * run.trained.max_length_tokens].rpartition(" ")[0]
-        with self._lock:
-            enough = len(_token_ids(run.trained, start)) == run.trained.max_length_tokens
-        return start if enough else text
+        start = re.match(r"(.*)\s", text[: 50 * run.trained.max_length_tokens], re.DOTALL)
+        enough = start and len(_token_ids(run.trained, start[1])) == run.trained.max_length_tokens
+        return start[1] if start and enough else text
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
         """Context of one part of a longer work. The pause after it lets a thread that waits have the lock."""
+        if self.ended.is_set():
+            raise InputError("the server has ended")
         with self._lock:
             yield
         time.sleep(0.001)
@@ -320,32 +323,20 @@ class Served:
     def _weights_digest(self) -> str:
         return digest({name: tensor.detach() for name, tensor in self.model.named_parameters()}, {})
 
-    def _digest(self) -> str:
-        tensors = {name: tensor.detach() for name, tensor in self.model.state_dict().items()}
-        settings: dict[str, Any] = {"active": self.adapters.active, "adapters": list(self.adapters.names)}
-        for run in self.runs:
-            named = self.adapters[run]
-            for name, module in (*named.layers.items(), *named.saved.items()):
-                tensors |= {f"{run} {name} {key}": value for key, value in module.state_dict().items()}
-            for name, layer in named.layers.items():
-                numbers = {key: getattr(layer, key) for key in layer.watched_settings}
-                hooks = len(layer._forward_pre_hooks)
-                settings[f"{run} {name}"] = [numbers, layer.enabled, layer.merged, hooks]
-        return digest(tensors, settings)
-
 
 def _token_ids(trained: Trained, text: str) -> list[int]:
-    ids: list[int] = trained.tokenizer(text, truncation=True, max_length=trained.max_length_tokens)[
-        "input_ids"
-    ]
+    with _TOKENIZING:
+        encoded = trained.tokenizer(text, truncation=True, max_length=trained.max_length_tokens)
+    ids: list[int] = encoded["input_ids"]
     return ids
 
 
 def _spans(trained: Trained, text: str) -> list[tuple[int, int]]:
     """The first and the last character of each token that the model reads; (0, 0) for special tokens."""
-    encoded = trained.tokenizer(
-        text, truncation=True, max_length=trained.max_length_tokens, return_offsets_mapping=True
-    )
+    with _TOKENIZING:
+        encoded = trained.tokenizer(
+            text, truncation=True, max_length=trained.max_length_tokens, return_offsets_mapping=True
+        )
     spans: list[tuple[int, int]] = encoded["offset_mapping"]
     return spans
 
