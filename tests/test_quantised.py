@@ -48,7 +48,8 @@ from lora.storage import read_tensors, write_tensors
 from lora.variants.eva import inject_eva
 from model import HEAD, speed_up
 from train import evaluate, export, predict
-from train.anatomy.study import study
+from train.anatomy.measure import decompose_bases, measure
+from train.anatomy.run import load_run
 from train.config import RecipeError
 from train.distributed import data_parallel
 from train.job import run_job
@@ -736,7 +737,12 @@ def test_evaluate_predict_and_export_use_the_base_that_was_trained_on(run, tmp_p
         assert found["confusion_matrix"] == summary["test_confusion_matrix"]
     assert predict.main([str(folder), "the team lost the final match"]) == 0
     assert capsys.readouterr().out.split("\t")[0] in {"money", "sport", "tech"}
-    assert study(folder, matrix_only=True).is_file()
+    studied = load_run(folder)
+    measured = measure(studied, decompose_bases(studied))[QUERY]
+    dequantised = weight.stored.dequantise().norm()
+    # float64 in the measure, float32 here
+    ratio = trained.model.get_submodule(QUERY).delta_weight().norm() / dequantised
+    assert measured["delta_over_weight"] == pytest.approx(float(ratio), rel=1e-5)
     served = Served([folder])
     assert sum(served.classify("run", "a match", Knobs(-1, 1))["knobs"]) == pytest.approx(1)
     with pytest.raises(InputError, match="the weight is quantised"):
