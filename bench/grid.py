@@ -60,7 +60,7 @@ KEPT = (
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the comparison: the recipe's fields, and the first candidate rate in quarters of a decade.
+    """A row of the comparison: the recipe's fields, and the first rate on bbc in quarters of a decade.
 
     quarter: k stands for the learning rate 10^(k/4). on_all: compared on every dataset, not on bbc alone.
     """
@@ -204,9 +204,15 @@ class Trained:
 def train_method(
     data: str, method: Method, finish: Callable[[Cell], dict[str, Any]], shrunk: bool = False
 ) -> Trained:
-    """Selects the method's rate on fold or seed 0, and trains with it on the others."""
+    """Selects the method's rate on fold or seed 0, and trains with it on the others.
+
+    On another dataset the candidates begin around the rate that is selected on bbc.
+    """
     sweep: dict[int, dict[str, Any]] = {}
-    first, last = method.quarter, method.quarter + (1 if shrunk else START)
+    first = method.quarter
+    if data != "bbc" and not shrunk:
+        first = train_method("bbc", method, finish).quarter - START // 2
+    last = first + (1 if shrunk else START)
     while True:
         for quarter in range(first, last):
             if quarter not in sweep:
@@ -235,8 +241,7 @@ def train_all(data: str, methods: Sequence[Method], results: Results, shrunk: bo
 
     Raises RunError if a cell fails. This and Ctrl-C stop after the running cells.
     """
-    if data == "bbc":
-        write_folds()
+    write_folds()  # also for another dataset, whose first rates depend on bbc
     stopped = threading.Event()
     planned = len(methods) * ((1 if shrunk else START) + len(parts_of(data)) - 1)
     with tqdm(total=planned, desc=Path(data).name, unit="run") as progress:

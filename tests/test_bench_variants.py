@@ -87,14 +87,24 @@ def test_rates_are_added_until_the_best_is_interior_or_there_are_most(best, trie
         finished.append(cell)
         return {"val_loss": abs(cell.quarter - METHOD.quarter - best)}
 
-    trained = train_method("news", METHOD, finish)
+    trained = train_method("bbc", METHOD, finish)
     assert [cell.quarter - METHOD.quarter for cell in trained.sweep] == list(tried)
     assert START <= len(tried) <= MOST
     assert trained.interior == (min(tried) < best < max(tried))
     assert {cell.part for cell in trained.sweep} == {0}
     selected = min(max(best, min(tried)), max(tried)) + METHOD.quarter
-    assert [(cell.quarter, cell.part) for cell in trained.chosen] == [(selected, seed) for seed in SEEDS]
-    assert len(set(finished)) == len(finished) == len(tried) + len(SEEDS) - 1
+    assert [(cell.quarter, cell.part) for cell in trained.chosen] == [
+        (selected, fold) for fold in range(FOLDS)
+    ]
+    assert len(set(finished)) == len(finished) == len(tried) + FOLDS - 1
+
+
+def test_another_dataset_begins_around_the_rate_selected_on_bbc():
+    best = {"bbc": METHOD.quarter + 4, "news": METHOD.quarter + 3}
+    trained = train_method("news", METHOD, lambda cell: {"val_loss": abs(cell.quarter - best[cell.data])})
+    # 3, 4 and 5, and then 2, because the first one was the best
+    assert [cell.quarter - METHOD.quarter for cell in trained.sweep] == [2, 3, 4, 5]
+    assert [(cell.quarter, cell.part) for cell in trained.chosen] == [(best["news"], seed) for seed in SEEDS]
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +151,7 @@ def runs(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         seed, learning_rate = int(settings["seed"]), float(settings["learning_rate"])
         method = settings["method"].strip('"')
-        trained.append((method, learning_rate, seed))
+        trained.append((settings["data"], method, learning_rate, seed))
         best = grid.rate(BY_NAME[FULL if method == "full" else LORA].quarter + 1)
         right = {"full": 7, "lora": 4}[method] + seed
         with (folder / PREDICTIONS).open("w", newline="") as file:
@@ -166,11 +176,12 @@ PAIR = (BY_NAME[FULL], BY_NAME[LORA])
 def test_a_finished_cell_is_not_run_again(runs, tmp_path):
     path = tmp_path / "cells.json"
     train_all("news", PAIR, Results(path))
-    assert len(runs) == len(set(runs)) == 2 * (START + len(SEEDS) - 1)
+    # those of bbc too, for the first rates
+    assert len(runs) == len(set(runs)) == 2 * (START + FOLDS - 1) + 2 * (START + len(SEEDS) - 1)
     found = analyse("news", PAIR, Results(path))
     shutil.rmtree(tmp_path / "whole")
     train_all("news", PAIR, Results(path))  # from the file alone
-    assert len(runs) == 10
+    assert len(runs) == 24
     cell = Cell("news", METHOD, METHOD.quarter + 1, 2)
     assert correct(Results(path)[cell]) == [False] * 4 + [True] * 6
     assert (found["runs"], found["hours"]) == (10, 10.0)
@@ -191,7 +202,7 @@ def test_a_cell_that_fails_says_why(tmp_path, monkeypatch):
         "Done", (), {"returncode": 2, "stderr": "a warning\nerror: ./news: there is no such folder\n"}
     )
     monkeypatch.setattr("bench.training.subprocess.run", lambda *_, **__: failed)
-    with pytest.raises(RunError, match="LoRA-r8/0.00178/seed0: error: ./news: there is no such folder"):
+    with pytest.raises(RunError, match="bbc/LoRA-r8/0.00178/fold0: error: ./news: there is no such folder"):
         train_all("./news", PAIR[1:], Results(tmp_path / "cells.json"))
     assert not (tmp_path / "cells.json").exists()
 
