@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench import plotting, results_folder
 from bench.grid import METHODS, RUNS, Cell, Method, Results, Trained, parts_of, runs_at_once, train_method
 from bench.grid import write_folds as write_bbc_folds
-from bench.memory import COMPONENTS, in_own_process
+from bench.memory import in_own_process, stack_components
 from bench.paired import LORA, compare
 from bench.steps import (
     CLASSES,
@@ -347,13 +347,8 @@ def figures(result: dict[str, Any], folder: Path) -> None:
     shape = result["shapes"][0]
     kinds = shape["kinds"]
     figure, ((memory, times, accuracy),) = plotting.panels(1, 3, 4.6, 3.4)
-    colors = (plotting.BLUE, plotting.GREY, "0.8", plotting.GREEN, plotting.RED, plotting.ORANGE)
     for at, row in enumerate(kinds.values()):
-        bottom = 0.0
-        for (key, words), color in zip(COMPONENTS.items(), colors, strict=True):
-            tall = row["components"][key] / 2**20
-            memory.bar(at, tall, bottom=bottom, width=0.6, color=color, label=None if at else words)
-            bottom += tall
+        stack_components(memory, at, row["components"], width=0.6)
         middle, low, high = (row["milliseconds"][key] for key in ("median", "low", "high"))
         color = plotting.GREY if row is kinds.get("peft") or row is kinds.get("peft-nf4") else plotting.BLUE
         times.bar(at, middle, yerr=[[middle - low], [high - middle]], width=0.6, color=color, capsize=3)

@@ -86,14 +86,9 @@ def figures(result: dict[str, Any], folder: Path) -> None:
     """memory.png: one stacked bar per mode, with a line for the measured peak."""
     models = _by_model(result)
     figure, axes = plotting.panels(1, len(models), 5.4, 3.4)
-    colors = (plotting.BLUE, plotting.GREY, "0.8", plotting.GREEN, plotting.RED, plotting.ORANGE)
     for (name, rows), axis in zip(models.items(), axes[0], strict=True):
         for at, row in enumerate(rows.values()):
-            bottom = 0.0
-            for (key, words), color in zip(COMPONENTS.items(), colors, strict=True):
-                tall = row["components"][key] / 2**20
-                axis.bar(at, tall, bottom=bottom, width=0.55, color=color, label=None if at else words)
-                bottom += tall
+            stack_components(axis, at, row["components"], width=0.55)
             peak = row["peak_above_bare_bytes"] / 2**20
             label = None if at else "measured peak of the steps"
             axis.plot([at - 0.36, at + 0.36], [peak, peak], color="black", label=label)
@@ -104,6 +99,16 @@ def figures(result: dict[str, Any], folder: Path) -> None:
             title=f"{name}, {row['rows']} x {row['length']} tokens",
         )
     plotting.save(figure, folder / "memory.png")
+
+
+def stack_components(axis: Any, at: int, components: dict[str, int], width: float) -> None:
+    """Draws the components in MiB as one stacked bar at x = `at`; the one at 0 has labels for a legend."""
+    colors = (plotting.BLUE, plotting.GREY, "0.8", plotting.GREEN, plotting.RED, plotting.ORANGE)
+    bottom = 0.0
+    for (key, words), color in zip(COMPONENTS.items(), colors, strict=True):
+        tall = components[key] / 2**20
+        axis.bar(at, tall, bottom=bottom, width=width, color=color, label=None if at else words)
+        bottom += tall
 
 
 def _above_held(row: dict[str, Any]) -> int:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import tiny_roberta
 
-from bench import adapters, base, grid, growth, inference, peers
+from bench import adapters, base, grid, growth, inference, memory, peers
 from bench.__main__ import ALL, PARTS, main
 from bench.steps import (
     MODES,
@@ -377,7 +377,7 @@ def test_every_storage_of_the_base_is_compared_at_the_rate_of_fp32(monkeypatch, 
         return {**numbers, **result}
 
     def peak(kind, *_):
-        parts = dict.fromkeys(base.COMPONENTS, 1) | {"weights": 10 * (3 + len(kind))}
+        parts = dict.fromkeys(memory.COMPONENTS, 1) | {"weights": 10 * (3 + len(kind))}
         return {"components": parts, "peak_bytes": 3, "bare_bytes": 1, "peak_of": "steps"}
 
     monkeypatch.setattr(grid.Cell, "run", train)

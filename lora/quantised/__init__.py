@@ -53,7 +53,7 @@ def quantise(model: nn.Module, precision: str, keep: Sequence[str] = ()) -> None
                 f"keep: {pattern!r} matches no module; there are {', '.join(filter(None, modules))}"
             )
     kept = [f"{name}." for name in modules if any(ends_with(name, pattern) for pattern in keep)]
-    names = {id(modules[name]): name for name in all_linear(model) if name in modules}
+    linears = {id(modules[name]) for name in all_linear(model) if name in modules}
     uses: dict[int, int] = {}  # of each weight: a tied one stays as it is
     for module in modules.values():
         for parameter in module._parameters.values():
@@ -65,7 +65,7 @@ def quantise(model: nn.Module, precision: str, keep: Sequence[str] = ()) -> None
             continue
         if isinstance(weight, QuantisedTensor):
             raise RuntimeError(f"{name} is quantised already")
-        if id(module) in names:
+        if id(module) in linears:
             if not isinstance(module, nn.Linear):
                 kind = type(module).__name__
                 raise TypeError(f"{name} is a {kind}; only an nn.Linear can be quantised; name it in keep")

@@ -115,8 +115,13 @@ def _nearest(blocks: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Of each row of `blocks`, the numbers of the nearest levels to row / absmax, uint8, and the absmax."""
     absmax = blocks.abs().amax(dim=1)
     scaled = blocks * (1 / absmax.clamp(min=_TINY))[:, None]  # a block of zeros has level 0
+    return _codes(scaled, levels), absmax
+
+
+def _codes(scaled: Tensor, levels: Tensor) -> Tensor:
+    """The numbers of the nearest levels, uint8."""
     between = (levels[:-1] + levels[1:]) / 2
-    return torch.bucketize(scaled.clamp(-1, 1), between, out_int32=True).to(torch.uint8), absmax
+    return torch.bucketize(scaled.clamp(-1, 1), between, out_int32=True).to(torch.uint8)
 
 
 def _nearest_in_blocks(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,8 +135,5 @@ def _nearest_in_blocks(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
         return codes.flatten(), absmax
     last = values[full:]
     largest = last.abs().max()
-    between = (levels[:-1] + levels[1:]) / 2
-    rest = torch.bucketize((last / largest.clamp(min=_TINY)).clamp(-1, 1), between, out_int32=True).to(
-        torch.uint8
-    )
+    rest = _codes(last / largest.clamp(min=_TINY), levels)
     return torch.cat([codes.flatten(), rest]), torch.cat([absmax, largest[None]])

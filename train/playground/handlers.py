@@ -84,8 +84,8 @@ class Handlers:
     def score_test(self, *knobs: Any) -> Iterator[str]:
         """The scores on the test part so far."""
         run, changed = self._turned(*knobs)
+        words = page.describe(run, changed)
         for rows, scores in self.served.score(run.name, changed, "test"):
-            words = page.describe(run, changed)
             yield page.show_score("test articles", words, rows, scores)
 
     def look_inside(self, *knobs: Any) -> str:

@@ -109,8 +109,8 @@ class Served:
         """
         run = self._run(name)
         text = self._read(text)
+        _, spans = _encoded(run.trained, text)
         with self._lock:
-            spans = _spans(run.trained, text)
             base, adapter = self._without_knobs(name, text)
             changed = self._classify(run, text, knobs)
         return {
@@ -127,14 +127,12 @@ class Served:
         """
         run = self._run(name)
         text = self._read(text)
-        with self._lock:
-            spans = _spans(run.trained, text)
-            ids = torch.tensor([_token_ids(run.trained, text)])
+        ids, spans = _encoded(run.trained, text)
         mask = run.trained.tokenizer.mask_token_id
         inside = [at for at, (start, end) in enumerate(spans) if end > start]  # without special tokens
         per_piece = -(-len(inside) // _PIECES) or 1
         pieces = [inside[at : at + per_piece] for at in range(0, len(inside), per_piece)]
-        rows = ids.repeat(len(pieces) + 1, 1)  # the last row is the unchanged text
+        rows = torch.tensor([ids]).repeat(len(pieces) + 1, 1)  # the last row is the unchanged text
         for row, piece in enumerate(pieces):
             rows[row, piece] = mask if mask is not None else run.trained.tokenizer.pad_token_id
         scores: list[Tensor] = []
@@ -325,20 +323,16 @@ class Served:
 
 
 def _token_ids(trained: Trained, text: str) -> list[int]:
-    with _TOKENIZING:
-        encoded = trained.tokenizer(text, truncation=True, max_length=trained.max_length_tokens)
-    ids: list[int] = encoded["input_ids"]
-    return ids
+    return _encoded(trained, text)[0]
 
 
-def _spans(trained: Trained, text: str) -> list[tuple[int, int]]:
-    """The first and the last character of each token that the model reads; (0, 0) for special tokens."""
+def _encoded(trained: Trained, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """The tokens that the model reads, and where each begins and ends in the text; (0, 0) if special."""
     with _TOKENIZING:
         encoded = trained.tokenizer(
             text, truncation=True, max_length=trained.max_length_tokens, return_offsets_mapping=True
         )
-    spans: list[tuple[int, int]] = encoded["offset_mapping"]
-    return spans
+    return encoded["input_ids"], encoded["offset_mapping"]
 
 
 def _store_norms(norms: dict[str, list[float]], name: str) -> Any:
