@@ -45,6 +45,7 @@ from train.tables import markdown, mebibytes, quantity
 PEERS = {"peft": "PEFT, fp32", "peft-nf4": "PEFT + bitsandbytes, nf4"}
 NAMES = {**{precision: precision for precision in PRECISIONS}, **PEERS}
 NEEDED = {"peft": ("peft",), "peft-nf4": ("peft", "bitsandbytes")}
+FP32_PRODUCTS = "fp32 without autocast"
 CELLS, LORA_CELLS = "base_cells.json", "variants_cells.json"
 MODEL, TEXTS, LENGTH = "minilm", 32, 64  # whose layer outputs are compared, on how many articles and tokens
 
@@ -193,7 +194,10 @@ def _relative(y: Tensor, exact: Tensor) -> float:
 
 
 def _accuracy(data: str, quick: bool) -> dict[str, Any]:
-    """LoRA r=8 on each storage, all at the rate that `bench.grid` selects on the float32 base."""
+    """LoRA r=8 on each storage, all at the rate that `bench.grid` selects on the float32 base.
+
+    The last row has products in float32 too: how far autocast to bf16 alone changes the accuracy.
+    """
     lora = next(method for method in METHODS if method.name == LORA)
     folder = RUNS / "quick" if quick else results_folder(resolve_device("auto"))
     known, results = Results(folder / LORA_CELLS), Results(folder / CELLS)
@@ -211,6 +215,7 @@ def _accuracy(data: str, quick: bool) -> dict[str, Any]:
     trained = [train_method(data, lora, finish, quick)]
     storages = [p for p in PRECISIONS if p != "fp32"]
     methods = [Method(p, {**lora.fields, "base_precision": p}, lora.quarter) for p in storages]
+    methods.append(Method(FP32_PRODUCTS, {**lora.fields, "precision": "fp32"}, lora.quarter))
     quarter = trained[0].quarter
     cells = [Cell(data, method, quarter, part, quick) for method in methods for part in parts_of(data)]
     with ThreadPoolExecutor(runs_at_once()) as pool:

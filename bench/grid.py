@@ -43,11 +43,13 @@ FOLDS = 5
 SEEDS = (0, 1, 2)
 START = 3  # candidate rates to begin with
 MOST = 9  # candidate rates at most: two decades
-# The same for all methods: steps, batch, schedule, length. lora_alpha too: scaling = 16/r, or 16/√r (rsLoRA).
+# The same for all methods: steps, batch, schedule, length, and the precision of products, also on a processor
+# that has none in bf16. lora_alpha too: scaling = 16/r, or 16/√r (rsLoRA).
 SETTINGS: dict[str, Any] = {
     "model": "minilm",
     "lora_alpha": 16,
     "max_length_tokens": 128,
+    "precision": "bf16",
     "telemetry": False,
 }
 BBC: dict[str, Any] = {"epochs": 4, "batch_size": 16, "validation_fraction": 0.1}

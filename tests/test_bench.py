@@ -1,16 +1,17 @@
 """make bench: every part runs, prints JSON last, and its numbers are consistent."""
 
+import io
 import json
-import subprocess
-import sys
 import weakref
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import tiny_roberta
 
-from bench import adapters, base, grid, growth, inference, memory, peers
+from bench import adapters, base, grid, growth, inference, memory, peak, peers
 from bench.__main__ import ALL, PARTS, main
 from bench.steps import (
     MODES,
@@ -35,11 +36,22 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture(scope="session")
 def quick():
-    """The output of `python -m bench --quick`."""
-    return subprocess.run(
-        [sys.executable, "-m", "bench", "--quick"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    """The output of `python -m bench --quick`. Memory, but of one model, is measured in this process."""
+    in_own_process = memory.in_own_process
+
+    def peak_here(module, kind, *arguments):
+        if kind == "head":
+            return in_own_process(module, kind, *arguments)
+        printed = io.StringIO()
+        with redirect_stdout(printed):
+            assert peak.main([kind, *arguments]) == 0
+        return json.loads(printed.getvalue())
+
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(memory, "in_own_process", peak_here)
+        assert main(["--quick"]) == 0
+    return SimpleNamespace(stdout=out.getvalue(), stderr=err.getvalue())
 
 
 @pytest.fixture(scope="session")
@@ -391,10 +403,10 @@ def test_every_storage_of_the_base_is_compared_at_the_rate_of_fp32(monkeypatch, 
     monkeypatch.setattr(base, "TEXTS", 2)
     result = base.run(quick=True)
     rows = result["sets"][0]["rows"]
-    assert [row["name"] for row in rows] == ["LoRA r=8", "bf16", "int8", "nf4"]
+    assert [row["name"] for row in rows] == ["LoRA r=8", "bf16", "int8", "nf4", "fp32 without autocast"]
     assert len({row["learning_rate"] for row in rows}) == 1
     differences = [row["against"].get("LoRA r=8", {}).get("difference") for row in rows]
-    assert differences == [None, 0, 0, pytest.approx(-0.05)]
+    assert differences == [None, 0, 0, pytest.approx(-0.05), 0]
     cells = len(trained)
     accuracy("some_news", quick=True)
     assert len(trained) == cells  # nothing is trained twice

@@ -145,11 +145,14 @@ def test_a_name_on_the_hub_is_fetched(hub_folder, tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     script = (
+        "import transformers\n"
         "from model import load_base\n"
-        "model, tokenizer = load_base('team/tiny', num_labels=3)\n"
-        "print(model.config.hidden_size, tokenizer('the cup')['input_ids'][0])\n"
+        "transformers.AutoModel.from_pretrained('team/tiny')\n"
+        "for _ in range(2):\n"
+        "    model, tokenizer = load_base('team/tiny', num_labels=3)\n"
+        "    print(model.config.hidden_size, tokenizer('the cup')['input_ids'][0], flush=True)\n"
+        "    input()\n"
     )
-    weights_alone = "import transformers\ntransformers.AutoModel.from_pretrained('team/tiny')\n"
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "0",
@@ -160,13 +163,14 @@ def test_a_name_on_the_hub_is_fetched(hub_folder, tmp_path):
     try:
         # The first time the cache has weights and no tokenizer, as AutoModel leaves it; the second time all
         # is in the cache, and the hub is gone.
-        for before in (weights_alone, ""):
-            result = subprocess.run(
-                [sys.executable, "-c", before + script], env=environment, capture_output=True, text=True,
-                timeout=120,
-            )  # fmt: skip
-            assert result.stdout.split() == ["32", "0"], result.stderr[-2000:]
-            server.shutdown()
-            server.server_close()
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], env=environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        assert process.stdout.readline().split() == ["32", "0"], process.stderr.read()[-2000:]
+        server.shutdown()
+        server.server_close()
+        out, err = process.communicate("\n\n", timeout=120)
+        assert (process.returncode, out.split()) == (0, ["32", "0"]), err[-2000:]
     finally:
         server.server_close()

@@ -586,8 +586,8 @@ def test_odd_streams(run, recipe, tmp_path):
         started = {
             "utf8": start("train.predict", str(run), "--json", stdin=utf8),
             "not utf8": start("train.predict", str(run), stdin=latin1),
-            "full": start("train.predict", str(run), "a text", stdout=full),
-            "no reader": start("train.evaluate", str(run), stdout=gone),
+            "full": start("train.runs", str(run.parent), stdout=full),
+            "no reader": start("train.runs", str(run.parent), stdout=gone),
             "no reader of the log": start(*training, stdout=gone, stderr=gone),
         }
         outputs = {name: process.communicate(timeout=120) for name, process in started.items()}
