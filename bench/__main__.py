@@ -28,6 +28,7 @@ from bench import (
     recipes,
     results_folder,
     throughput,
+    variants,
 )
 from lora.storage import write_atomically
 from train.command import CommandParser, print_error, run_command
@@ -45,12 +46,13 @@ PARTS: dict[str, Any] = {
     "base": base,
     "original": original,
     "accuracy": accuracy,
+    "variants": variants,
     "recipes": recipes,
     "anatomy": anatomy,
     "adapters": adapters,
 }
 DEFAULT_ALLOCATION = ("original",)  # measured with malloc's defaults, as the original's users have it
-WITH_DATA = ("original", "accuracy", "recipes", "base")  # whose run() also takes AG News
+WITH_DATA = ("original", "accuracy", "variants", "recipes", "base")  # whose run() also takes AG News
 WITH_BASELINES = ("merging", "peers", "adapters", "base")  # which leave out baselines that are not installed
 ALL = ("throughput", "memory", "inference", "growth")  # the parts of "all": minutes, without baselines
 _ROOT = Path(__file__).parent.parent
@@ -71,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--data",
         metavar="D",
-        help="AG News for original, accuracy, recipes, base: a folder of CSV files, or a dataset on the hub",
+        help=f"AG News for {', '.join(WITH_DATA)}: a folder of CSV files, or a dataset on the hub",
     )
     options = parser.parse_args(arguments)
     if options.data is not None:

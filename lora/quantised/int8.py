@@ -4,8 +4,8 @@
 
 The error of a number is at most half of its row's scale, and zero stays zero.
 
-In bfloat16 on a CPU, as under autocast, the products with W are computed in int8 too, in half the time. The
-rows of x are rounded in the same way, x ≈ s ⊙ X, and
+In bfloat16 on a CPU, as under autocast, the products with W are computed in int8 too, in half the time where
+the processor has int8 instructions (AVX-512 VNNI). The rows of x are rounded in the same way, x ≈ s ⊙ X, and
 
     x·Wᵀ ≈ s ⊙ (X·Qᵀ) ⊙ scaleᵀ        X·Qᵀ in int32, exactly
 
