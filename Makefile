@@ -63,10 +63,10 @@ learn-peft: $(PEERS)/.run  ## step 10 of the course, with PEFT reading your file
 test: $(VENV)/.dev  ## run the tests, one process per core
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --maxprocesses 8 --dist worksteal $(ARGS)
 
-test-long: $(VENV)/.dev  ## the state machines with 2,000 random sequences; 1,000 merges of each variant
+test-long: $(VENV)/.dev  ## 2,000 random sequences; of each variant 1,000 merges and 300 damaged files
 	MACHINE_EXAMPLES=2000 $(RUN) -m pytest tests/test_machine.py $(ARGS)
 	MACHINE_EXAMPLES=2000 ROWS=200 $(RUN) -m pytest tests/test_adapters.py $(ARGS)
-	CYCLES=1000 $(RUN) -m pytest tests/test_variant.py -k cycles $(ARGS)
+	CYCLES=1000 DAMAGED=300 $(RUN) -m pytest tests/test_variant.py -k 'cycles or damaged' $(ARGS)
 
 soak: $(VENV)/.dev  ## 5,000 signals during operations; 50 runs killed at random moments and resumed
 	INTERRUPTS=5000 $(RUN) -m pytest tests/test_interrupts.py

@@ -86,6 +86,7 @@ SETTINGS: dict[str, tuple[dict, int]] = {
 START = {"eva": {"init_lora_weights": "eva"}}  # then the layers are LoRALinear
 variants = pytest.mark.parametrize("variant", SETTINGS)
 CYCLES = int(os.environ.get("CYCLES", "20"))  # `make test-long` runs 1,000
+DAMAGED = int(os.environ.get("DAMAGED", "60"))  # files of each variant, and 300 there
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
@@ -273,7 +274,7 @@ def test_damaged_files_are_caught_or_harmless(adapted, input_ids, tmp_path):
     save_adapter(adapted, intact, base="tiny")
     wanted = adapted(input_ids).logits
     rng, target, caught = random.Random(1), tiny_roberta(), 0
-    for _ in range(60):  # of each variant, 300 in all; test_fuzz.py has more of LoRA
+    for _ in range(DAMAGED):  # test_fuzz.py has more of LoRA
         shutil.copytree(intact, folder, dirs_exist_ok=True)
         name = CONFIG_FILE if rng.random() < 0.2 else TENSOR_FILE
         (folder / name).write_bytes(damage((intact / name).read_bytes(), rng))
@@ -285,7 +286,7 @@ def test_damaged_files_are_caught_or_harmless(adapted, input_ids, tmp_path):
         else:
             assert torch.equal(target(input_ids).logits, wanted)
             target = tiny_roberta()
-    assert caught > 40  # the damage is real
+    assert caught > DAMAGED * 2 / 3  # the damage is real
 
 
 def test_a_folder_of_pissa_with_a_tensor_of_another_shape_is_an_error(tmp_path):
