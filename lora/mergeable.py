@@ -9,7 +9,7 @@ While a layer is merged, `weight` holds W + ΔW and `_unmerged_weight` a copy of
     state_dict                         contains W, so that a saved model is unmerged
     load_state_dict                    error: unmerging would undo what is loaded (lora/inject.py)
     to(device), deepcopy               move or copy the copy of W too
-    to(dtype)                          casts the copy of W, and merges again from it
+    to(dtype)                          casts the copy of W and the adapter, and merges again from them
 
 Some writes do not raise a tensor's version (`.data`, some optimizers, collectives, DLPack), so values are
 compared too: those of the adapter, and the 16 rows that the merge changed most. On an accelerator this would
@@ -203,14 +203,14 @@ class MergeableLinear(nn.Linear):
 
     @torch.no_grad()
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MergeableLinear:
-        dtype = self.weight.dtype
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._unmerged_weight is not None:
             self._unmerged_weight = fn(self._unmerged_weight)
             self._merged_rows = self._merged_rows.to(self.weight.device)
+            before, self._merged_versions = self._merged_from, None
             # What was stale stays stale, because the values to compare with are moved or cast alike.
-            self._merged_from, self._merged_versions = tuple(map(fn, self._merged_from)), None
-            if self.weight.dtype != dtype:
+            self._merged_from = tuple(map(fn, before))
+            if any(now.dtype != then.dtype for now, then in zip(self._merged_from, before, strict=True)):
                 self._write_weight(round_to(self.merged_weight(), self.weight.dtype))
                 self._merged_from = (*self._merged_from[:-1], self._watched()[-1])
                 if not self.weight.isfinite().all():

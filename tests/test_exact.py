@@ -303,8 +303,14 @@ def test_the_kept_weight_is_no_alias_and_goes_with_the_merge(adapted):
     assert all(layer._unmerged_weight is None for layer in lora_layers(adapted).values())
 
 
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
-def test_moving_a_merged_model_to_another_dtype_merges_anew_from_the_base(adapted, dtype):
+def test_moving_a_merged_model_to_another_dtype_merges_anew_from_the_base(config, base, dtype):
+    """From bfloat16 to bfloat16 the cast changes the adapter alone, which is float32 on 16-bit bases."""
+    adapted = tiny_roberta().to(base)
+    inject(adapted, config)
+    randomise_adapter(adapted)
+    assert {layer.lora_A.dtype for layer in lora_layers(adapted).values()} == {torch.float32}
     moved = copy.deepcopy(adapted).to(dtype)
     merge(moved)
     merge(adapted)
