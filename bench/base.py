@@ -8,7 +8,6 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from bench import plotting, results_folder
-from bench.grid import METHODS, RUNS, Cell, Method, Results, Trained, parts_of, runs_at_once, train_method
-from bench.grid import write_folds as write_bbc_folds
+from bench.grid import CELLS, METHODS, RUNS, Method, Results, train_all
 from bench.memory import in_own_process, stack_components
-from bench.paired import LORA, compare
+from bench.paired import LORA, accuracy, compare, corrected_p, difference
 from bench.steps import (
     CLASSES,
     CONFIG,
@@ -46,7 +44,6 @@ PEERS = {"peft": "PEFT, fp32", "peft-nf4": "PEFT + bitsandbytes, nf4"}
 NAMES = {**{precision: precision for precision in PRECISIONS}, **PEERS}
 NEEDED = {"peft": ("peft",), "peft-nf4": ("peft", "bitsandbytes")}
 FP32_PRODUCTS = "fp32 without autocast"
-CELLS, LORA_CELLS = "base_cells.json", "variants_cells.json"
 MODEL, TEXTS, LENGTH = "minilm", 32, 64  # whose layer outputs are compared, on how many articles and tokens
 
 
@@ -198,33 +195,15 @@ def _accuracy(data: str, quick: bool) -> dict[str, Any]:
 
     On bbc the last row has products in float32 too: how far autocast to bf16 alone changes the accuracy.
     """
-    lora = next(method for method in METHODS if method.name == LORA)
-    folder = RUNS / "quick" if quick else results_folder(resolve_device("auto"))
-    known, results = Results(folder / LORA_CELLS), Results(folder / CELLS)
-    if data == "bbc":
-        write_bbc_folds()
-
-    def finish(cell: Cell) -> dict[str, Any]:
-        """The result of a cell. On the float32 base it is one of bench.variants, which may have it."""
-        try:
-            return known[cell]
-        except KeyError:
-            return results.finish(cell)
-
     print(f"base: accuracy on {Path(data).name}", file=sys.stderr)
-    trained = [train_method(data, lora, finish, quick)]
-    storages = [p for p in PRECISIONS if p != "fp32"]
-    methods = [Method(p, {**lora.fields, "base_precision": p}, lora.quarter) for p in storages]
-    if data == "bbc":
-        methods.append(Method(FP32_PRODUCTS, {**lora.fields, "precision": "fp32"}, lora.quarter))
-    quarter = trained[0].quarter
-    cells = [Cell(data, method, quarter, part, quick) for method in methods for part in parts_of(data)]
-    with ThreadPoolExecutor(runs_at_once()) as pool:
-        found = dict(zip(cells, pool.map(finish, cells), strict=True))
-    for method in methods:
-        chosen = {cell: result for cell, result in found.items() if cell.method is method}
-        trained.append(Trained(method, dict([next(iter(chosen.items()))]), chosen))
-    return compare(data, trained, (LORA,))
+    lora = next(method for method in METHODS if method.name == LORA)
+    stored = {p: {"base_precision": p} for p in PRECISIONS if p != "fp32"}
+    changes = {**stored, FP32_PRODUCTS: {"precision": "fp32"}} if data == "bbc" else stored
+    methods = [Method(name, {**lora.fields, **fields}, lora.quarter) for name, fields in changes.items()]
+    results = Results((RUNS / "quick" if quick else results_folder(resolve_device("auto"))) / CELLS)
+    (reference,) = train_all(data, [lora], results, quick)
+    others = train_all(data, methods, results, quick, reference.quarter)
+    return compare(data, [reference, *others], (LORA,))
 
 
 def table(result: dict[str, Any]) -> str:
@@ -299,16 +278,17 @@ def _set_table(found: dict[str, Any]) -> list[str]:
         lines.append(
             [
                 _storage(row),
-                f"{100 * row['accuracy']:.2f} ({100 * row['low']:.2f}-{100 * row['high']:.2f})",
+                accuracy(row),
                 ", ".join(f"{100 * value:.2f}" for value in row["by_part"]),
-                _points(pair) if pair else "-",
-                f"{pair['p_corrected']:.3f}" if pair else "-",
+                difference(pair) if pair else "-",
+                corrected_p(pair) if pair else "-",
             ]
         )
     words = (
         f"{found['data']}: about {found['train_articles']:,} articles to train on, {found['test_articles']:,}"
         f" test articles, {found['parts']} {'folds' if found['folds'] else 'seeds'}; {found['model']},"
-        f" {found['epochs']} epochs, learning rate {found['rows'][0]['learning_rate']:g}, selected on fp32."
+        f" {found['epochs']} epochs, {found['precision']} products, learning rate"
+        f" {found['rows'][0]['learning_rate']:g}, selected on fp32."
         " In brackets, 95% intervals. Differences are paired by test article, p is from the exact sign-flip"
         " test, corrected by Holm's method."
     )
@@ -317,11 +297,6 @@ def _set_table(found: dict[str, Any]) -> list[str]:
 
 def _storage(row: dict[str, Any]) -> str:
     return "fp32" if row["name"] == LORA else str(row["name"])
-
-
-def _points(pair: dict[str, float]) -> str:
-    low, high = 100 * pair["low"], 100 * pair["high"]
-    return f"{100 * pair['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
 
 
 def conclusions(result: dict[str, Any]) -> list[str]:
@@ -343,7 +318,7 @@ def conclusions(result: dict[str, Any]) -> list[str]:
         lines.append(f"{words}.")
     for found in result["sets"]:
         pairs = {_storage(row): row["against"][LORA] for row in found["rows"] if row["against"]}
-        words = ", ".join(f"{storage} {_points(pair)}" for storage, pair in pairs.items())
+        words = ", ".join(f"{storage} {difference(pair)}" for storage, pair in pairs.items())
         lines.append(f"{found['data']}: accuracy minus that of fp32, in points: {words}.")
     return lines
 
@@ -352,7 +327,7 @@ def figures(result: dict[str, Any], folder: Path) -> None:
     """base.png: memory by component, time of a step, and difference of accuracy, by storage."""
     shape = result["shapes"][0]
     kinds = shape["kinds"]
-    figure, ((memory, times, accuracy),) = plotting.panels(1, 3, 4.6, 3.4)
+    figure, ((memory, times, points),) = plotting.panels(1, 3, 4.6, 3.4)
     for at, row in enumerate(kinds.values()):
         stack_components(memory, at, row["components"], width=0.6)
         middle, low, high = (row["milliseconds"][key] for key in ("median", "low", "high"))
@@ -367,11 +342,12 @@ def figures(result: dict[str, Any], folder: Path) -> None:
         color = (plotting.PURPLE, plotting.GREEN)[number]
         for at, row in enumerate(row for row in found["rows"] if row["against"]):
             low, middle, high = (100 * row["against"][LORA][key] for key in ("low", "difference", "high"))
-            accuracy.errorbar(
+            points.errorbar(
                 at + 0.15 * number, middle, yerr=[[middle - low], [high - middle]], fmt="o", color=color,
                 capsize=3, label=None if at else found["data"],
             )  # fmt: skip
-    accuracy.axhline(0, color="black", linewidth=0.8)
-    accuracy.set_xticks(range(3), [p for p in PRECISIONS if p != "fp32"])
-    accuracy.set(ylabel="points", title="test accuracy minus that of fp32")
+    rows = [row for row in result["sets"][0]["rows"] if row["against"]]
+    points.set_xticks(range(len(rows)), [row["name"].replace(" ", "\n", 1) for row in rows], fontsize=7)
+    points.axhline(0, color="black", linewidth=0.8)
+    points.set(ylabel="points", title="test accuracy minus that of fp32")
     plotting.save(figure, folder / "base.png")

@@ -1,9 +1,9 @@
-"""The training runs behind `bench variants`: methods, folds, learning rates, and the results of each run.
+"""The training runs behind `bench variants` and `bench base`: methods, folds, learning rates, results.
 
 A cell is one run of `python -m train` in its own process and in runs/variants. Its result (losses, cost, and
-which test articles were classified correctly) is added to bench/results/variants_cells.json when it ends. A
-cell with a result there is not run again, also on another machine; a stopped run is resumed. On the CPU one
-run per core, with one thread each, runs at a time, which is faster than one run after another on all cores.
+which test articles were classified correctly) is added to bench/results/cells.json when it ends. A cell with
+a result there is not run again, also on another machine; a stopped run is resumed. On the CPU as many runs
+as torch has threads, with one thread each, run at a time: faster than one after another on all threads.
 
 bbc: cross-validation in FOLDS folds, so that each of its articles is a test article once. The articles of a
 class, sorted by the hash of their text as for the prescribed split, are cut into FOLDS pieces. Another
@@ -19,7 +19,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from bench.steps import ALL_LINEAR
@@ -39,6 +39,7 @@ from train.predictions import read_predictions
 from train.runs import RunError
 
 RUNS = Path("runs/variants")
+CELLS = "cells.json"
 FOLDS = 5
 SEEDS = (0, 1, 2)
 START = 3  # candidate rates to begin with
@@ -143,37 +144,42 @@ def correct(result: Mapping[str, Any]) -> list[bool]:
 class Results:
     """The results of cells by key, in a JSON file that is replaced whenever one is added.
 
-    Raises RunError if the file is of other settings.
+    The file also has what a key does not: the settings of all, the fields of each method, and a digest of
+    each dataset. Raises RunError if the file is of other settings.
     """
 
     def __init__(self, path: Path):
+        settings = {"all": SETTINGS, "bbc": BBC, "large": LARGE}
         self._path = path
         self._lock = threading.Lock()
-        found = json.loads(path.read_text()) if path.is_file() else {}
-        if found and found["settings"] != self._settings():
+        found = json.loads(path.read_text()) if path.is_file() else {"settings": settings}
+        if found["settings"] != settings:
             raise RunError(f"{path}: measured with other settings; remove it to measure again")
-        self._cells: dict[str, Any] = found.get("cells", {})
+        self._file: dict[str, Any] = {"settings": settings, "methods": {}, "data": {}, "cells": {}} | found
 
-    @staticmethod
-    def _settings() -> dict[str, Any]:
-        return {"all": SETTINGS, "bbc": BBC, "large": LARGE}
-
-    def __getitem__(self, cell: Cell) -> dict[str, Any]:
-        """The result of a cell. Raises KeyError if it has none."""
-        result: dict[str, Any] = self._cells[cell.key]
-        return result
+    def identify(self, data: str, methods: Sequence[Method]) -> None:
+        """Records what `data` and `methods` are. Raises RunError if the results are of others so named."""
+        fields = {method.name: json.loads(json.dumps(method.fields)) for method in methods}
+        for kind, described in (("methods", fields), ("data", {Path(data).name: _digest(data)})):
+            for name, description in described.items():
+                if self._file[kind].setdefault(name, description) != description:
+                    raise RunError(f"{self._path}: its results are of another {name}; remove them")
 
     def finish(self, cell: Cell) -> dict[str, Any]:
         """The result of the cell, which is run if it has none. Raises RunError as finish_run does."""
-        if cell.key in self._cells:
-            return self[cell]
-        result = cell.run()
-        with self._lock:
-            self._cells[cell.key] = result
-            contents = {"settings": self._settings(), "cells": dict(sorted(self._cells.items()))}
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self._path, (json.dumps(contents, indent=1) + "\n").encode())
-        return result
+        cells: dict[str, dict[str, Any]] = self._file["cells"]
+        if cell.key not in cells:
+            result = cell.run()
+            with self._lock:
+                cells[cell.key] = result
+                self._file["cells"] = cells = dict(sorted(cells.items()))
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(self._path, (json.dumps(self._file, indent=1) + "\n").encode())
+        return cells[cell.key]
+
+
+def _digest(data: str) -> str:
+    return load_news(data, LARGE["validation_fraction"], seed=0).digest()
 
 
 @dataclass(frozen=True)
@@ -204,26 +210,31 @@ class Trained:
 
 
 def train_method(
-    data: str, method: Method, finish: Callable[[Cell], dict[str, Any]], shrunk: bool = False
+    data: str,
+    method: Method,
+    finish: Callable[[Cell], dict[str, Any]],
+    shrunk: bool = False,
+    quarter: int | None = None,
 ) -> Trained:
-    """Selects the method's rate on fold or seed 0, and trains with it on the others.
+    """Selects the method's rate on fold or seed 0, unless `quarter` is given, and trains on all of them.
 
     On another dataset the candidates begin around the rate that is selected on bbc.
     """
-    sweep: dict[int, dict[str, Any]] = {}
-    first = method.quarter
-    if data != "bbc" and not shrunk:
+    first = method.quarter if quarter is None else quarter
+    if data != "bbc" and not shrunk and quarter is None:
         first = train_method("bbc", method, finish).quarter - START // 2
-    last = first + (1 if shrunk else START)
+    fixed = shrunk or quarter is not None
+    last = first + (1 if fixed else START)
+    sweep: dict[int, dict[str, Any]] = {}
     while True:
-        for quarter in range(first, last):
-            if quarter not in sweep:
-                sweep[quarter] = finish(Cell(data, method, quarter, 0, shrunk))
-        best = min(sweep, key=lambda quarter: sweep[quarter]["val_loss"])
-        if shrunk or len(sweep) >= MOST or first < best < last - 1:
+        for candidate in range(first, last):
+            if candidate not in sweep:
+                sweep[candidate] = finish(Cell(data, method, candidate, 0, shrunk))
+        best = min(sweep, key=lambda candidate: sweep[candidate]["val_loss"])
+        if fixed or len(sweep) >= MOST or first < best < last - 1:
             break
         first, last = (first - 1, last) if best == first else (first, last + 1)
-    tried = {Cell(data, method, quarter, 0, shrunk): sweep[quarter] for quarter in sorted(sweep)}
+    tried = {Cell(data, method, candidate, 0, shrunk): sweep[candidate] for candidate in sorted(sweep)}
     cells = [Cell(data, method, best, part, shrunk) for part in parts_of(data)]
     return Trained(method, tried, {cell: tried[cell] if cell in tried else finish(cell) for cell in cells})
 
@@ -233,33 +244,40 @@ def parts_of(data: str) -> Sequence[int]:
     return range(FOLDS) if data == "bbc" else SEEDS
 
 
-def runs_at_once() -> int:
-    """How many runs are trained side by side."""
-    return (os.cpu_count() or 1) if resolve_device("auto").type == "cpu" else 1
-
-
-def train_all(data: str, methods: Sequence[Method], results: Results, shrunk: bool = False) -> None:
-    """Adds the missing results of every method on `data`, side by side on the CPU.
+def train_all(
+    data: str, methods: Sequence[Method], results: Results, shrunk: bool = False, quarter: int | None = None
+) -> list[Trained]:
+    """Trains every method on `data` as `train_method` does, side by side on the CPU.
 
     Raises RunError if a cell fails. This and Ctrl-C stop after the running cells.
     """
+    results.identify(data, methods)
     write_folds()  # also for another dataset, whose first rates depend on bbc
     stopped = threading.Event()
-    planned = len(methods) * ((1 if shrunk else START) + len(parts_of(data)) - 1)
+    failed: list[RunError] = []
+    rates = 1 if shrunk or quarter is not None else START
+    planned = len(methods) * (rates + len(parts_of(data)) - 1)
     with tqdm(total=planned, desc=Path(data).name, unit="run") as progress:
 
         def finish(cell: Cell) -> dict[str, Any]:
             if stopped.is_set():
                 raise RunError("stopped")
-            result = results.finish(cell)
+            try:
+                result = results.finish(cell)
+            except RunError as error:
+                failed.append(error)
+                stopped.set()
+                raise
             progress.total = max(progress.total, progress.n + 1)  # more rates than START
             progress.update()
             return result
 
-        pool = ThreadPoolExecutor(runs_at_once())
+        at_once = torch.get_num_threads() if resolve_device("auto").type == "cpu" else 1
+        pool = ThreadPoolExecutor(at_once)
         try:
-            for _ in pool.map(lambda method: train_method(data, method, finish, shrunk), methods):
-                pass
+            return list(pool.map(lambda m: train_method(data, m, finish, shrunk, quarter), methods))
+        except RunError:
+            raise failed[0] from None
         finally:
             stopped.set()
             pool.shutdown(cancel_futures=True)

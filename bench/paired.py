@@ -6,33 +6,15 @@ Intervals and tests are over test articles. All methods classify the same ones, 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.grid import Method, Results, Trained, parts_of, rate, runs_at_once, train_method, used_to_select
-from train.runs import RunError
+from bench.grid import Trained, parts_of, rate, used_to_select
 from train.significance import holm, normal_interval, sign_flip, wilson
 
 LORA, FULL = "LoRA r=8", "full fine-tuning"
 REFERENCES = (LORA, FULL)  # with which every method is compared
-
-
-def analyse(data: str, methods: Sequence[Method], results: Results, shrunk: bool = False) -> dict[str, Any]:
-    """One row per method with a result for each of its cells, and its differences from REFERENCES.
-
-    Raises RunError if there is no such method.
-    """
-    finished: list[Trained] = []
-    missing = []
-    for method in methods:
-        try:
-            finished.append(train_method(data, method, results.__getitem__, shrunk))
-        except KeyError:
-            missing.append(method.name)
-    if not finished:
-        raise RunError(f"{data}: no method has a result for each of its cells")
-    return {**compare(data, finished, REFERENCES), "missing": missing}
 
 
 def compare(data: str, finished: Sequence[Trained], references: Sequence[str]) -> dict[str, Any]:
@@ -59,7 +41,6 @@ def compare(data: str, finished: Sequence[Trained], references: Sequence[str]) -
         **{key: result[key] for key in ("train_articles", "precision", "device")},
         **{key: settings[key] for key in ("model", "epochs", "batch_size", "max_length_tokens")},
         "runs": len(cells),
-        "runs_at_once": runs_at_once(),
         "hours": sum(result["train_seconds"] for _, result in cells) / 3600,
         "rows": rows,
     }
@@ -102,3 +83,19 @@ def _difference(first: Sequence[int], second: Sequence[int], runs: int) -> dict[
         "high": mean + half_width,
         "p": sign_flip(differences),
     }
+
+
+def accuracy(row: Mapping[str, Any]) -> str:
+    """A row's accuracy in percent with its interval: 98.04 (97.35-98.56)."""
+    return f"{100 * row['accuracy']:.2f} ({100 * row['low']:.2f}-{100 * row['high']:.2f})"
+
+
+def difference(pair: Mapping[str, float]) -> str:
+    """A difference from a reference in points with its interval: +0.24 (-0.31 to +0.78)."""
+    low, high = 100 * pair["low"], 100 * pair["high"]
+    return f"{100 * pair['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
+
+
+def corrected_p(pair: Mapping[str, float]) -> str:
+    """Its p-value after correction: 0.412, or <0.001."""
+    return f"{pair['p_corrected']:.3f}" if pair["p_corrected"] >= 0.001 else "<0.001"

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bench import plotting, results_folder
-from bench.grid import METHODS, RUNS, SETTINGS, Method, Results, train_all
-from bench.paired import FULL, LORA, REFERENCES, analyse
+from bench.grid import CELLS, METHODS, RUNS, SETTINGS, Method, Results, train_all
+from bench.paired import FULL, LORA, REFERENCES, accuracy, compare, corrected_p, difference
 from bench.steps import (
     QUICK_SHAPES,
     SHAPES,
@@ -30,7 +30,6 @@ from train.config import load_recipe
 from train.hardware import resolve_device, resolve_precision
 from train.tables import markdown, mebibytes, quantity, size
 
-CELLS = "variants_cells.json"
 LEVEL = 0.05
 COLORS = (
     "black",
@@ -53,8 +52,7 @@ def run(quick: bool, data: str | None = None) -> dict[str, Any]:
     sets = []
     for name in ("bbc",) if data is None else ("bbc", data):
         compared = [method for method in methods if name == "bbc" or method.on_all]
-        train_all(name, compared, results, quick)
-        sets.append(analyse(name, compared, results, quick))
+        sets.append(compare(name, train_all(name, compared, results, quick), REFERENCES))
     return {"sets": sets, "cost": measure_steps(methods, quick)}
 
 
@@ -143,22 +141,10 @@ def _set_table(found: dict[str, Any]) -> list[str]:
     return [prose(words), markdown(lines), bullets(conclusions(found))]
 
 
-def accuracy(row: dict[str, Any]) -> str:
-    """A row's accuracy in percent with its interval: 98.04 (97.35-98.56)."""
-    return f"{100 * row['accuracy']:.2f} ({100 * row['low']:.2f}-{100 * row['high']:.2f})"
-
-
 def _against(row: dict[str, Any], reference: str) -> str:
     """The difference from a reference, its interval and p: +0.24 (-0.31 to +0.78), 0.412."""
-    if reference not in row["against"]:
-        return "-"
-    pair = row["against"][reference]
-    low, high = 100 * pair["low"], 100 * pair["high"]
-    return f"{100 * pair['difference']:+.2f} ({low:+.2f} to {high:+.2f}), {_p(pair)}"
-
-
-def _p(pair: dict[str, float]) -> str:
-    return f"{pair['p_corrected']:.3f}" if pair["p_corrected"] >= 0.001 else "<0.001"
+    pair = row["against"].get(reference)
+    return f"{difference(pair)}, {corrected_p(pair)}" if pair else "-"
 
 
 def conclusions(found: dict[str, Any]) -> list[str]:
@@ -182,13 +168,7 @@ def conclusions(found: dict[str, Any]) -> list[str]:
         if edges
         else "Each selected rate had a worse one on either side."
     )
-    at_once = found["runs_at_once"]
-    lines.append(
-        f"{found['runs']} runs with {found['hours']:.1f} hours of training, {at_once} at a time:"
-        f" {found['hours'] / at_once:.1f} hours."
-    )
-    if found["missing"]:
-        lines.append(f"Not finished, and left out: {'; '.join(found['missing'])}.")
+    lines.append(f"{found['runs']} runs of one thread each: {found['hours']:.1f} hours of training in all.")
     return lines
 
 

@@ -1,6 +1,7 @@
 """bench variants: rates selected on validation rows, paired tests, never run twice; and its statistics."""
 
 import csv
+import dataclasses
 import itertools
 import json
 import math
@@ -12,7 +13,7 @@ import torch
 
 from bench import grid, variants
 from bench.grid import FOLDS, METHODS, MOST, SEEDS, START, Cell, Results, correct, train_all, train_method
-from bench.paired import FULL, LORA, analyse
+from bench.paired import FULL, LORA, REFERENCES, compare
 from bench.steps import make_model, memory_bytes
 from bench.training import finish_run
 from lora import LoraConfig
@@ -143,6 +144,7 @@ def test_the_articles_used_to_select_rates_are_training_articles_of_the_first_fo
 def runs(tmp_path, monkeypatch):
     """Runs that are finished without training, and listed: the best rate is the second candidate."""
     monkeypatch.setattr(grid, "RUNS", tmp_path)
+    monkeypatch.setattr(grid, "_digest", str)
     trained = []
 
     def train(command, **_):
@@ -175,15 +177,15 @@ PAIR = (BY_NAME[FULL], BY_NAME[LORA])
 
 def test_a_finished_cell_is_not_run_again(runs, tmp_path):
     path = tmp_path / "cells.json"
-    train_all("news", PAIR, Results(path))
+    first = train_all("news", PAIR, Results(path))
     # those of bbc too, for the first rates
     assert len(runs) == len(set(runs)) == 2 * (START + FOLDS - 1) + 2 * (START + len(SEEDS) - 1)
-    found = analyse("news", PAIR, Results(path))
     shutil.rmtree(tmp_path / "whole")
-    train_all("news", PAIR, Results(path))  # from the file alone
+    assert train_all("news", PAIR, Results(path)) == first  # from the file alone
     assert len(runs) == 24
     cell = Cell("news", METHOD, METHOD.quarter + 1, 2)
-    assert correct(Results(path)[cell]) == [False] * 4 + [True] * 6
+    assert correct(Results(path).finish(cell)) == [False] * 4 + [True] * 6
+    found = compare("news", first, REFERENCES)
     assert (found["runs"], found["hours"]) == (10, 10.0)
     assert [row["learning_rate"] for row in found["rows"]] == [1e-4, 3.16e-3]
 
@@ -196,12 +198,26 @@ def test_results_of_other_settings_are_refused(runs, tmp_path, monkeypatch):
         Results(path)
 
 
+def test_results_of_another_method_or_other_data_of_the_same_name_are_refused(runs, tmp_path, monkeypatch):
+    path = tmp_path / "cells.json"
+    (once,) = train_all("a/news", [METHOD], Results(path), quarter=METHOD.quarter)
+    assert [cell.quarter for cell in once.chosen] == [METHOD.quarter] * len(SEEDS)
+    assert len(runs) == len(SEEDS)  # the rate is given, so no other one is tried
+    with pytest.raises(RunError, match="cells.json: its results are of another news; remove them"):
+        train_all("b/news", [METHOD], Results(path))
+    other = dataclasses.replace(METHOD, fields={**METHOD.fields, "r": 9})
+    with pytest.raises(RunError, match="cells.json: its results are of another LoRA r=8; remove them"):
+        train_all("a/news", [other], Results(path))
+    assert len(runs) == len(SEEDS)
+
+
 def test_a_cell_that_fails_says_why(tmp_path, monkeypatch):
     monkeypatch.setattr(grid, "RUNS", tmp_path)
     failed = type(
         "Done", (), {"returncode": 2, "stderr": "a warning\nerror: ./news: there is no such folder\n"}
     )
     monkeypatch.setattr("bench.training.subprocess.run", lambda *_, **__: failed)
+    monkeypatch.setattr(grid, "_digest", str)
     with pytest.raises(RunError, match="bbc/LoRA-r8/0.00178/fold0: error: ./news: there is no such folder"):
         train_all("./news", PAIR[1:], Results(tmp_path / "cells.json"))
     assert not (tmp_path / "cells.json").exists()
@@ -220,8 +236,7 @@ def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
 
 def test_seeds_are_averaged_for_each_article(runs, tmp_path):
     results = Results(tmp_path / "cells.json")
-    train_all("news", PAIR, results)
-    full, lora = analyse("news", PAIR, results)["rows"]
+    full, lora = compare("news", train_all("news", PAIR, results), REFERENCES)["rows"]
     # full is right on the last 7, 8, 9 of 10 articles by seed, LoRA on the last 4, 5, 6
     assert (full["accuracy"], lora["accuracy"]) == (pytest.approx(0.8), pytest.approx(0.5))
     assert lora["by_part"] == [0.4, 0.5, 0.6]
@@ -233,7 +248,7 @@ def test_seeds_are_averaged_for_each_article(runs, tmp_path):
     assert full["against"][LORA]["difference"] == -pair["difference"]
 
 
-def test_on_bbc_all_articles_are_compared_once_and_missing_methods_are_left_out(folds, tmp_path):
+def test_on_bbc_all_articles_are_compared_once(folds):
     sizes = [len(test) for _, test in folds]
     wrong = {FULL: 40, "head only": 100, LORA: 30}  # the first articles
 
@@ -245,12 +260,8 @@ def test_on_bbc_all_articles_are_compared_once_and_missing_methods_are_left_out(
             "val_loss": abs(cell.quarter - cell.method.quarter - 1), "correct": f"{int('1' + bits, 2):x}",
         }  # fmt: skip
 
-    results = Results(tmp_path / "cells.json")
-    for name in wrong:
-        train_method("bbc", BY_NAME[name], lambda cell: results._cells.setdefault(cell.key, finish(cell)))
-    found = analyse("bbc", METHODS, results)
+    found = compare("bbc", [train_method("bbc", BY_NAME[name], finish) for name in wrong], REFERENCES)
     assert [row["name"] for row in found["rows"]] == list(wrong)
-    assert found["missing"] == [method.name for method in METHODS if method.name not in wrong]
     assert found["test_articles"] == 2045
     full, head, lora = found["rows"]
     assert full["accuracy"] == 1 - 40 / 2045
@@ -267,11 +278,6 @@ def test_on_bbc_all_articles_are_compared_once_and_missing_methods_are_left_out(
     assert set(lora["against"]) == {FULL}
 
 
-def test_no_method_is_an_error(tmp_path):
-    with pytest.raises(RunError, match="news: no method has a result"):
-        analyse("news", METHODS, Results(tmp_path / "cells.json"))
-
-
 @pytest.fixture(scope="module")
 def cost():
     return variants.measure_steps(PAIR, quick=True)
@@ -280,11 +286,7 @@ def cost():
 @pytest.fixture
 def result(runs, cost, tmp_path):
     results = Results(tmp_path / "cells.json")
-    train_all("news", PAIR, results)
-    return {
-        "sets": [analyse("news", PAIR, results)],
-        "cost": cost,
-    }
+    return {"sets": [compare("news", train_all("news", PAIR, results), REFERENCES)], "cost": cost}
 
 
 def test_sentences_claim_a_difference_only_where_p_is_below_the_level(result):
@@ -301,15 +303,13 @@ def test_sentences_claim_a_difference_only_where_p_is_below_the_level(result):
     assert "significantly more accurate: LoRA r=8 (+30.00)" in variants.difference_from(found, FULL)
 
 
-def test_the_conclusions_name_rates_at_the_edge_and_methods_left_out(result):
+def test_the_conclusions_name_rates_at_the_edge(result):
     (found,) = result["sets"]
     assert "Each selected rate had a worse one on either side." in variants.conclusions(found)
     found["rows"][1]["interior"] = False
-    found["missing"] = ["DoRA"]
     text = " ".join(variants.conclusions(found))
     assert "the best for LoRA r=8, so a better one may exist" in text
-    assert "left out: DoRA" in text
-    assert f"10 runs with 10.0 hours of training, {found['runs_at_once']} at a time" in text
+    assert "10 runs of one thread each: 10.0 hours of training in all." in text
 
 
 def test_tables_and_figures_are_made_from_the_json_alone(result, tmp_path):

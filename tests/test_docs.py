@@ -18,7 +18,7 @@ COURSE = sorted((ROOT / "learn" / "pages").glob("*.md"))
 NOTES = ("train/README.md", "bench/NOTES.md", "lora/variants/README.md", "learn/README.md")
 DOCUMENTS = [*PAGES, *(ROOT / page for page in NOTES), *COURSE]
 README, BENCH = PAGES
-RAW = {"variants_cells", "base_cells"}  # results that others are made from
+RAW = {"cells"}  # results that others are made from
 _MARKED = re.compile(r"<!-- bench:\S+ -->.*?<!-- /bench -->", re.DOTALL)
 
 pages = pytest.mark.parametrize("page", DOCUMENTS, ids=lambda page: str(page.relative_to(ROOT)))
