@@ -79,6 +79,8 @@ def truncated(model: nn.Module, rank: int) -> Iterator[None]:
         raise ValueError(f"rank: {rank} is negative")
     layers = [layer for layer in _unmerged(product_layers(model)).values() if rank < len(layer.factors()[0])]
     before = {layer: {B: B.detach().clone() for B in _left_factors(layer)} for layer in layers}
+    if other := next((type(layer).__name__ for layer, factors in before.items() if not factors), ""):
+        raise RuntimeError(f"{other} has no tensor whose name ends in _B, so its rank cannot be lowered")
 
     def restore() -> None:
         with torch.no_grad():

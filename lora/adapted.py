@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import TypeGuard, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lora.config import LoraConfig
 from lora.linear import LoRALinear
@@ -43,6 +43,12 @@ def has_low_rank(layer: MergeableLinear) -> TypeGuard[LoRALinear]:
     if not issubclass(kind, LoRALinear) or kind.merged_weight is not LoRALinear.merged_weight:
         return False
     return kind.delta_weight is LoRALinear.delta_weight or kind.factors is not LoRALinear.factors
+
+
+def quantised_as(weight: Tensor) -> str:
+    """How `lora.quantised` stores a weight, such as "nf4"; an empty string for an ordinary tensor."""
+    stored = getattr(weight, "stored", None)
+    return "" if stored is None else str(stored.name)
 
 
 def layer_patterns(values: Mapping[str, T]) -> dict[str, T]:

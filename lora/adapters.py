@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from lora.adapted import has_adapter, lora_config, lora_layers
 from lora.config import LoraConfig
-from lora.files import Adapter, load_read, read_adapter, save_adapter, saved_modules
+from lora.files import Adapter, load_adapter, read_adapter, save_adapter, saved_modules
 from lora.inject import inject
 from lora.interrupts import uninterrupted
 from lora.merge import restoring
@@ -126,7 +126,7 @@ class Adapters:
     def load(
         self,
         name: str,
-        folder: str | os.PathLike[str],
+        folder: str | os.PathLike[str] | Adapter,
         check_base: bool = True,
         layer: type[MergeableLinear] | None = None,
     ) -> Adapter:
@@ -136,26 +136,16 @@ class Adapters:
 
         Raises as `load_adapter` does.
         """
-        adapter = read_adapter(folder)
-        self.load_read(name, adapter, folder, check_base, layer)
+        adapter = folder if isinstance(folder, Adapter) else read_adapter(folder)
+        self._check_unchanged()
+        with self._restored(), uninterrupted():
+            self._activate(None)  # heads start as copies of the base's
+            heads = {
+                head: _resized(module, head, adapter.tensors)
+                for head, module in saved_modules(self.model, adapter.config).items()
+            }
+        self._add(name, adapter.config, heads, lambda: load_adapter(self.model, adapter, check_base, layer))
         return adapter
-
-    def load_read(
-        self,
-        name: str,
-        adapter: Adapter,
-        folder: str | os.PathLike[str],
-        check_base: bool = True,
-        layer: type[MergeableLinear] | None = None,
-    ) -> None:
-        """`load` of an adapter that `read_adapter` has read from `folder`."""
-        heads = {
-            head: _resized(module, head, adapter.tensors)
-            for head, module in saved_modules(self.model, adapter.config).items()
-        }
-        self._add(
-            name, adapter.config, heads, lambda: load_read(self.model, adapter, folder, check_base, layer)
-        )
 
     def use(self, name: str | None) -> None:
         """Makes this adapter the active one; None leaves the base alone."""

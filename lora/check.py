@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora.adapted import lora_layers
+from lora.adapted import lora_layers, quantised_as
 from lora.merge import merged
 from lora.mergeable import MergeableLinear
 
@@ -40,7 +40,7 @@ def check(model: nn.Module, inputs: Any) -> Report:
     """Runs the model in train mode, in eval mode and merged, and reports adapters that have no effect.
 
     inputs: a mapping of keyword arguments, a tuple of positional ones, or the only argument. The model's
-    mode, random state and weights are the same afterwards.
+    mode, random state, weights and buffers are the same afterwards.
 
     A layer fails if it is not called, if another module reads its weight directly, or if for the same input
     its merged output differs from its output by more than rounding: by more than √ε of the largest value,
@@ -55,6 +55,7 @@ def check(model: nn.Module, inputs: Any) -> Report:
             raise RuntimeError(f"{name} is {'merged' if layer.merged else 'disabled'}; check it unmerged")
     report = Report()
     modes = {module: module.training for module in model.modules()}
+    buffers = {buffer: buffer.clone() for buffer in model.buffers()}  # batch normalisation changes its own
     watch = _Watch(layers)
     with torch.random.fork_rng(), watch:
         try:
@@ -70,7 +71,7 @@ def check(model: nn.Module, inputs: Any) -> Report:
                     report.add(False, f"{mode} mode: another module reads {name}.weight, without its adapter")
             kept = dict(watch.inputs)
             separate = {name: layers[name](*args, **kwargs) for name, (args, kwargs) in kept.items()}
-            if any(hasattr(layer.weight, "stored") for layer in layers.values()):
+            if any(quantised_as(layer.weight) for layer in layers.values()):
                 report.add(True, "merged: not compared, because a quantised weight cannot be merged into")
                 return report
             with merged(model):
@@ -80,12 +81,16 @@ def check(model: nn.Module, inputs: Any) -> Report:
                     )
                     if not same:
                         report.add(False, f"{name}: merged output differs by {text}")
-                worst = next(iter(layers.values())).weight.dtype
+                worst = max(
+                    (layer.weight.dtype for layer in layers.values()), key=lambda d: torch.finfo(d).eps
+                )
                 same, text = _close(output, _flat(_call(model, inputs)), worst)
                 report.add(same, f"merged: the model's output differs by {text}")
         finally:
             for module, mode_before in modes.items():
                 module.training = mode_before
+            for buffer, before in buffers.items():
+                buffer.copy_(before)
     return report
 
 

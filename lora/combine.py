@@ -4,9 +4,10 @@
 
     A = [A₁; A₂; …] (Σrᵢ, in)        B = [w₁s₁·B₁, w₂s₂·B₂, …] (out, Σrᵢ)
 
-Scaling is 1 in the new adapter. A sum of ranks is the price of exactness: averaging the Aᵢ and the Bᵢ apart
-would also give products Bᵢ·Aⱼ of different adapters, which none of them has learned. The singular value
-decomposition of B·A cuts it back to a lower rank, with the smallest possible error (Eckart-Young theorem).
+Scaling is 1 in the new adapter. A sum of ranks is the price of exactness: averaging the Aᵢ and the Bᵢ
+separately would also give products Bᵢ·Aⱼ of different adapters, which none of them has learned. The singular
+value decomposition of B·A cuts it back to a lower rank, with the smallest possible error (Eckart-Young
+theorem).
 """
 
 from __future__ import annotations

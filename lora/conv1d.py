@@ -37,8 +37,8 @@ class TransposedLayer(MergeableLinear):
         """W, (out, in): a view of the stored weight."""
         return self.stored_weight.t()
 
-    def _write_weight(self, weight: Tensor) -> None:
-        self.weight.copy_(weight.t())
+    def rounded_weight(self, dtype: torch.dtype) -> Tensor:
+        return super().rounded_weight(dtype).t().contiguous()
 
     def to_linear(self) -> Any:
         """A Conv1D with the same weight and bias Parameters and hooks, without the adapter."""

@@ -9,9 +9,9 @@ from lora.adapted import lora_config, lora_layers
 from lora.fingerprint import FLOATS
 from lora.interrupts import uninterrupted
 from lora.merge import merge as merge_model
+from lora.merge import naming
 from lora.mergeable import MergeableLinear
 from lora.modules import unwrap
-from lora.rounding import round_to
 from lora.targets import remove_hooks
 
 
@@ -65,8 +65,6 @@ def _merged_weights(model: nn.Module, dtype: torch.dtype) -> dict[MergeableLinea
     """W + ΔW of each layer in `dtype`, in the layout of its weight. Raises ValueError."""
     weights = {}
     for name, layer in lora_layers(model).items():
-        weight = round_to(layer.merged_weight(), dtype)
-        if not weight.isfinite().all():
-            raise ValueError(f"{name}: W + ΔW is not finite in {dtype}")
-        weights[layer] = weight.t().contiguous() if layer.fan_in_fan_out else weight
+        with naming(name):
+            weights[layer] = layer.rounded_weight(dtype)
     return weights

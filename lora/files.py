@@ -65,7 +65,7 @@ class Adapter:
     base: the name of the model that the adapter was trained on. tensors: by the model's own names
     (`….query.lora_A`, `classifier.dense.weight`). fingerprint: of the base (lora/fingerprint.py), empty if
     PEFT wrote the folder. metadata: what `save_adapter` was given. layer: the name of a class that is not the
-    library's, which the tensors need.
+    library's, which the tensors need. folder: what was read.
     """
 
     config: LoraConfig
@@ -74,6 +74,7 @@ class Adapter:
     fingerprint: dict[str, Any]
     metadata: dict[str, Any]
     layer: str = ""
+    folder: Path = Path()
 
     def __repr__(self) -> str:
         """The settings, and one line for all blocks of the model: tensor, shape, how many."""
@@ -189,12 +190,13 @@ def read_adapter(folder: str | os.PathLike[str]) -> Adapter:
         note.get("fingerprint", {}),
         note.get("metadata", {}),
         str(note.get("layer", "")),
+        folder,
     )
 
 
 def load_adapter(
     model: nn.Module,
-    folder: str | os.PathLike[str],
+    folder: str | os.PathLike[str] | Adapter,
     check_base: bool = True,
     layer: type[MergeableLinear] | None = None,
 ) -> Adapter:
@@ -202,7 +204,7 @@ def load_adapter(
 
     The same parameters train afterwards as after `inject`. Names in modules_to_save that the model does not
     have are ignored, because PEFT writes some for sequence classification. The tensors must be exactly
-    those that the config and the model require.
+    those that the config and the model require. Instead of a folder, what `read_adapter` returned will do.
 
     check_base: refuse another base model than the adapter was trained on, by its config and weights. An
     adapter saved by PEFT has no fingerprint; then only the names are compared, and a difference is a warning,
@@ -212,20 +214,8 @@ def load_adapter(
     Raises RuntimeError if the model has an adapter, FileNotFoundError, AdapterError (it names the tensor).
     The model is then unchanged.
     """
-    adapter = read_adapter(folder)
-    load_read(model, adapter, folder, check_base, layer)
-    return adapter
-
-
-def load_read(
-    model: nn.Module,
-    adapter: Adapter,
-    folder: str | os.PathLike[str],
-    check_base: bool = True,
-    layer: type[MergeableLinear] | None = None,
-) -> None:
-    """`load_adapter` of an adapter that `read_adapter` has read from `folder`."""
-    config = adapter.config
+    adapter = folder if isinstance(folder, Adapter) else read_adapter(folder)
+    config, folder = adapter.config, adapter.folder
     layer = layer or layer_class(config)
     if has_adapter(model):
         raise RuntimeError("the model has an adapter already; eject it first")
@@ -249,6 +239,7 @@ def load_read(
         for name, tensor in _adapter_tensors(named, saved).items():
             tensor.copy_(adapter.tensors[name])
         swap_in(model, config, injection, layers)
+    return adapter
 
 
 def saved_modules(model: nn.Module, config: LoraConfig) -> dict[str, nn.Module]:

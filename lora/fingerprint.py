@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lora.adapted import quantised_as
 from lora.mergeable import MergeableLinear
 from lora.modules import unique_modules, unwrap
 from lora.storage import tensor_bytes, whole
@@ -97,7 +98,7 @@ def _flat(fields: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _stored(layers: Mapping[str, Any]) -> str:
     """How the weights of the adapted layers are stored: a dtype, or the name of a way to quantise them."""
     weights = [tensor for name, tensor in _adapted(layers) if name.endswith(".weight")]
-    kinds = {w.stored.name if hasattr(w, "stored") else _short(w.dtype) for w in weights}
+    kinds = {quantised_as(w) or _short(w.dtype) for w in weights}
     return " and ".join(sorted(kinds))
 
 

@@ -68,20 +68,24 @@ def inject(
     zero turns -0.0 into 0.0, and an A·x that overflows gives NaN. layer: another class than the one that the
     config asks for, a subclass of MergeableLinear with LoRALinear's constructor; `check_layer` tests one.
 
-    Raises RuntimeError if the model has an adapter, ValueError if a pattern matches nothing or r is above
-    min(in, out), TypeError if a module cannot be adapted or cannot train. The model is then unchanged.
-    A signal, such as Ctrl-C, takes effect before or after the change.
+    Raises RuntimeError if the model has an adapter, ValueError if a pattern matches nothing or an A would
+    have more than min(in, out) rows, TypeError if a module cannot be adapted or cannot train. The model is
+    then unchanged. A signal, such as Ctrl-C, takes effect before or after the change.
     """
     if any(isinstance(module, MergeableLinear) for module in model.modules()):
         raise RuntimeError("the model has an adapter already; eject it first")
     injection = find_targets(model, config)
     _refuse_unmatched(model, "target_modules", injection.adapted, config)
     _refuse_unmatched(model, "modules_to_save", injection.saved, config)
+    kind, asked = layer or layer_class(config), layer_class(config)
+    if asked is not LoRALinear and not issubclass(kind, asked):
+        raise ValueError(f"layer: {kind.__name__} is no {asked.__name__}, which the config asks for")
     for name, linear in modules_once(model, injection.names).items():
-        if (r := config.for_layer(name)["r"]) > (rank := min(linear._parameters["weight"].shape)):  # type: ignore[union-attr]
+        r, rank = config.for_layer(name)["r"], min(linear._parameters["weight"].shape)  # type: ignore[union-attr]
+        if r > rank and "lora_A" in kind.adapter_tensors:
             raise ValueError(f"r: {r:,} is more than {rank:,}, the largest rank of the weight of {name}")
     with uninterrupted(), unchanged_on_error(model):
-        layers = build_layers(model, config, injection, layer or layer_class(config), seed)
+        layers = build_layers(model, config, injection, kind, seed)
         swap_in(model, config, injection, layers)
     return injection
 
@@ -161,7 +165,7 @@ def swap_in(
             attrgetter(name)(layer).requires_grad_(True)
     for change in AFTER_SWAP:
         change(model)
-    if config.target_modules in SPECIAL_TARGETS:  # a file names the layers, so that PEFT adapts the same
+    if not SPECIAL_TARGETS.keys().isdisjoint(injection.adapted):  # a file names the layers
         config = dataclasses.replace(config, target_modules=tuple(injection.names))
     unwrap(model).lora_config = config  # type: ignore[assignment]
 

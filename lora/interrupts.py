@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 _is_deferring = False
@@ -44,8 +44,9 @@ def uninterrupted() -> Iterator[None]:
             _set_handlers(handlers)
         finally:
             _set_handlers(handlers)  # again, in case a signal has interrupted the first call
-        for number in received:
-            signal.raise_signal(number)
+        with ExitStack() as stack:  # all of them, also after one whose handler has raised
+            for number in reversed(received):
+                stack.callback(signal.raise_signal, number)
 
 
 def _set_handlers(handlers: dict[signal.Signals, Any], instead: Any = None) -> None:

@@ -32,8 +32,8 @@ class LoRALinear(MergeableLinear):
     (out, r) are float32, or float64 for a float64 weight: 16 bits are too coarse for optimizer steps.
     `generator`, a CPU generator, draws lora_A, so that the adapter does not depend on the device.
 
-    Subclass it to define a variant of LoRA. Everything that handles adapters relies on three attributes:
-    `adapter_tensors`, `trained_tensors` and `merged_weight` (lora/mergeable.py).
+    Subclass it to define a variant of LoRA. Everything that handles adapters relies on four attributes:
+    `adapter_tensors`, `trained_tensors`, `watched_settings` and `merged_weight` (lora/mergeable.py).
 
     Raises TypeError or ValueError if r, lora_alpha or lora_dropout is out of range.
     """

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lora.adapted import lora_layers
+from lora.adapted import lora_layers, quantised_as
 from lora.interrupts import uninterrupted
 from lora.mergeable import MergeableLinear
 from lora.modules import unique_modules
@@ -57,7 +57,7 @@ def unmerge(model: nn.Module) -> None:
         if not merged_layers:
             raise RuntimeError(f"{next(iter(layers))} is not merged; merge the model first")
         for name, layer in merged_layers.items():
-            with _naming(name):
+            with naming(name):
                 _check_writable(layer)
         for layer in merged_layers.values():
             layer.unmerge()
@@ -98,6 +98,9 @@ def _check_writable(layer: MergeableLinear) -> None:
     weight = layer._parameters.get("weight")
     if weight is None:
         raise RuntimeError("the weight is not a Parameter; remove its pruning or parametrization first")
+    if quantised_as(weight):
+        why = "the weight is quantised: rounding W + ΔW would lose most of ΔW"
+        raise RuntimeError(f"{why}; use eject(model, merge=True, dtype=torch.float32)")
     if weight.is_meta:
         raise RuntimeError("the weight is on the meta device, so it has no values")
     if reason := why_not_writable(weight):
@@ -129,7 +132,7 @@ def _refuse_shared(model: nn.Module, layers: dict[str, MergeableLinear]) -> None
                 and tensor.numel()
                 and tensor.layout == torch.strided
                 and not tensor.is_meta
-                and not hasattr(tensor, "stored")  # quantised: nothing shares it, and it is never written to
+                and not quantised_as(tensor)  # quantised: nothing shares it, and it is never written to
             ):
                 sizes = zip(tensor.shape, tensor.stride(), strict=True)
                 reach = 1 + sum((size - 1) * stride for size, stride in sizes)
@@ -155,7 +158,7 @@ def _merge_all(layers: dict[str, MergeableLinear]) -> None:
         started: list[MergeableLinear] = []
         try:
             for name, layer in layers.items():
-                with _naming(name):
+                with naming(name):
                     _check_writable(layer)
                     started.append(layer)  # before the merge, so that an interrupted merge is undone too
                     layer.merge()
@@ -167,7 +170,7 @@ def _merge_all(layers: dict[str, MergeableLinear]) -> None:
 
 
 @contextmanager
-def _naming(name: str) -> Iterator[None]:
+def naming(name: str) -> Iterator[None]:
     """Context that puts the layer's name before the message of an error."""
     try:
         yield

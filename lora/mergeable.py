@@ -7,7 +7,7 @@ While a layer is merged, `weight` holds W + ΔW and `_unmerged_weight` a copy of
     forward after the adapter changed  error: the merged weight does not contain the change
     forward after the weight changed   error: the merged weight was overwritten or replaced
     state_dict                         contains W, so that a saved model is unmerged
-    load_state_dict                    error: unmerging would undo what is loaded (lora/inject.py)
+    load_state_dict                    error: unmerging would undo what is loaded (lora/targets.py)
     to(device), deepcopy               move or copy the copy of W too
     to(dtype)                          casts the copy of W and the adapter, and merges again from them
 
@@ -62,10 +62,8 @@ class MergeableLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a weight only to discard it
         if not linear.weight.is_floating_point():
             raise TypeError(f"a weight of dtype {linear.weight.dtype} cannot be adapted")
-        self.in_features = linear.in_features
-        self.out_features = linear.out_features
-        self.weight = linear.weight
-        self.bias = linear.bias
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
@@ -75,6 +73,13 @@ class MergeableLinear(nn.Linear):
     def merged_weight(self) -> Tensor:
         """The weight of the merged layer, (out, in), float64."""
         raise NotImplementedError
+
+    def rounded_weight(self, dtype: torch.dtype) -> Tensor:
+        """`merged_weight()` rounded once to `dtype`, laid out as `weight`. ValueError if it is not finite."""
+        weight = round_to(self.merged_weight(), dtype)
+        if not weight.isfinite().all():
+            raise ValueError(f"W + ΔW is not finite in {dtype}")
+        return weight
 
     def adapter_state(self) -> dict[str, Tensor]:
         """The adapter's tensors by name, not copies. A name may have dots, as `lora_A.weight`."""
@@ -96,7 +101,7 @@ class MergeableLinear(nn.Linear):
         return self.stored_weight
 
     def is_rowwise(self, x: Tensor) -> bool:
-        """Whether `forward` in eval mode multiplies each row of the batch x by itself (lora/mixed.py)."""
+        """Whether `forward` in eval mode has a product for each row of the batch x (lora/mixed.py)."""
         return False
 
     def merge(self) -> None:
@@ -113,13 +118,7 @@ class MergeableLinear(nn.Linear):
                 raise RuntimeError("the layer is merged already; unmerge it first")
             if not self.enabled:
                 raise RuntimeError("the adapter is switched off by disabled(); merging would switch it on")
-            if hasattr(self.weight, "stored"):
-                why = "the weight is quantised: rounding W + ΔW would lose most of ΔW"
-                raise RuntimeError(f"{why}; use eject(model, merge=True, dtype=torch.float32)")
-            weight = round_to(self.merged_weight(), self.weight.dtype)
-            if not weight.isfinite().all():
-                raise ValueError(f"W + ΔW is not finite in {self.weight.dtype}")
-            self._replace_weight(weight)
+            self._replace_weight(self.rounded_weight(self.weight.dtype))
 
     def unmerge(self) -> None:
         """Restores W from its copy, bit for bit. Raises RuntimeError if the layer is not merged."""
@@ -151,18 +150,13 @@ class MergeableLinear(nn.Linear):
         return h
 
     def _replace_weight(self, weight: Tensor) -> None:
-        # The copy is made before the write, so that an interrupt between the two loses nothing.
-        self._was_trainable = self.weight.requires_grad
-        self._unmerged_weight = self.weight.detach().clone()
+        unmerged, self._was_trainable = self.weight.detach().clone(), self.weight.requires_grad
+        self.weight.copy_(weight)  # before the state changes, because it raises if memory is shared within
         self.weight.requires_grad_(False)
-        self._write_weight(weight)
-        change = (self.weight - self._unmerged_weight).abs().amax(dim=1)
-        self._merged_rows = change.topk(min(16, len(change))).indices
+        self._unmerged_weight = unmerged
+        self._merged_rows = (self.weight - unmerged).abs().amax(dim=1).topk(min(16, len(unmerged))).indices
         self._merged_from = tuple(tensor.detach().clone() for tensor in self._watched())
         self._merged_settings, self._merged_versions = self._settings(), self._versions()
-
-    def _write_weight(self, weight: Tensor) -> None:
-        self.weight.copy_(weight)
 
     def _watched(self) -> tuple[Tensor, ...]:
         return (*self.adapter_state().values(), self.weight.detach()[self._merged_rows])
@@ -211,10 +205,11 @@ class MergeableLinear(nn.Linear):
             # What was stale stays stale, because the values to compare with are moved or cast alike.
             self._merged_from = tuple(map(fn, before))
             if any(now.dtype != then.dtype for now, then in zip(self._merged_from, before, strict=True)):
-                self._write_weight(round_to(self.merged_weight(), self.weight.dtype))
+                try:
+                    self.weight.copy_(self.rounded_weight(self.weight.dtype))
+                except ValueError as error:
+                    warnings.warn(str(error), stacklevel=3)
                 self._merged_from = (*self._merged_from[:-1], self._watched()[-1])
-                if not self.weight.isfinite().all():
-                    warnings.warn(f"W + ΔW is not finite in {self.weight.dtype}", stacklevel=3)
         return self
 
 

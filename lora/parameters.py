@@ -55,10 +55,10 @@ def count_parameters(model: nn.Module, head: Sequence[str] = ()) -> ParameterCou
     heads = {p for name in head for _, module in modules_named(model, name) for p in module.parameters()}
     counts = dict.fromkeys(("lora", "head", "base", "frozen"), 0)
     for parameter in model.parameters():
-        if parameter in lora:
-            role = "lora"
-        elif not parameter.requires_grad:
+        if not parameter.requires_grad:
             role = "frozen"
+        elif parameter in lora:
+            role = "lora"
         else:
             role = "head" if parameter in heads else "base"
         counts[role] += parameter.numel()

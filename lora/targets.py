@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lora.adapted import quantised_as
 from lora.inject import AFTER_SWAP, CHECKS, CONVERSIONS, SPECIAL_TARGETS, Injection
 from lora.merge import why_not_writable
 from lora.mergeable import MergeableLinear
@@ -39,7 +40,7 @@ def check_targets(model: nn.Module, injection: Injection) -> None:
             weight = module._parameters.get("weight")
             if weight is None:
                 raise TypeError(f"{where}, whose weight is not a Parameter (pruned?)")
-            if weight.ndim != 2 or not (type(weight.data) is torch.Tensor or hasattr(weight, "stored")):
+            if weight.ndim != 2 or not (type(weight.data) is torch.Tensor or quantised_as(weight)):
                 raise TypeError(f"{where}, whose weight is sharded; inject before FSDP wraps the model")
             tensors = (*module.named_parameters(), *module.named_buffers())
             if extra := {key for key, _ in tensors} - {"weight", "bias"}:
@@ -76,7 +77,7 @@ def check_saved(model: nn.Module, injection: Injection) -> None:
                 )
     for name in sorted(saved):
         for key, parameter in modules[name].named_parameters():
-            quantised = "quantised; name it in keep of quantise" if hasattr(parameter, "stored") else ""
+            quantised = "quantised; name it in keep of quantise" if quantised_as(parameter) else ""
             found = quantised or why_not_writable(parameter)
             if found or not (parameter.is_floating_point() or parameter.is_complex()):
                 raise TypeError(

@@ -315,6 +315,19 @@ def test_folders_with_heads_of_other_sizes_load_beside_each_other(tmp_path, batc
     assert repr(adapters).splitlines()[-1] == "* pissa: r=3, 6 layers"
 
 
+def test_a_folder_with_a_head_loads_beside_an_active_adapter_of_that_head(tmp_path, batch):
+    source = Adapters(tiny_roberta())
+    source.add("plain", CONFIGS["plain"], seed=3)
+    source.save("plain", tmp_path, base="tiny")
+    adapters = Adapters(tiny_roberta())
+    adapters.add("inside", LoraConfig(r=2, target_modules=("classifier.dense",)))
+    adapters.use("inside")
+    adapters.load("plain", tmp_path)
+    for model in (source, adapters):
+        model.use("plain")
+    assert torch.equal(logits(adapters.model, batch), logits(source.model, batch))
+
+
 def test_an_adapter_of_another_base_is_refused(tmp_path, adapters):
     other = tiny_roberta(seed=5)
     inject(other, CONFIGS["plain"])

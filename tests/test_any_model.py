@@ -1,6 +1,7 @@
 """Adapters in models that are not this project's: what torch and transformers do around a Linear."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -134,6 +135,9 @@ def test_all_linear_adapts_what_computes_a_linear_except_the_output(input_ids):
     names = list(lora_layers(model))
     assert len(names) == 2 * 6
     assert not any("classifier" in name for name in names)
+    assert model.lora_config.target_modules == tuple(names)
+    model = tiny_roberta()
+    inject(model, dataclasses.replace(config, target_modules=("all-linear",)))
     assert model.lora_config.target_modules == tuple(names)
     language_model = gpt2()
     inject(language_model, LoraConfig(target_modules="all-linear"))

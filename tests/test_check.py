@@ -1,5 +1,6 @@
 """`check` finds adapters without effect; `check_layer` accepts correct classes and names each mistake."""
 
+import copy
 import re
 
 import pytest
@@ -312,6 +313,14 @@ def test_a_check_that_fails_leaves_the_model_as_it_was(model, config):
     assert not any("forward" in vars(module) for module in model.modules())
     with pytest.raises(RuntimeError, match="no adapter"):
         check(tiny_roberta(), {})
+
+
+def test_a_check_leaves_batch_normalisation_as_it_was():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    inject(model, LoraConfig(r=2, target_modules=("0",)))
+    before = copy.deepcopy(model.state_dict())
+    assert check(model, torch.randn(8, 4))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_a_report_is_false_if_something_failed():

@@ -159,3 +159,15 @@ def test_signals_wait_and_are_handled_on_exit():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     with pytest.raises(KeyboardInterrupt):
         send()
+
+
+def test_a_signal_after_one_whose_handler_raises_is_handled_too():
+    handled = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: handled.append(number))
+    try:
+        with pytest.raises(KeyboardInterrupt), uninterrupted():  # noqa: PT012
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert handled == [signal.SIGTERM]

@@ -1,6 +1,7 @@
 """Merging: the whole model or nothing, exact to undo, and a state machine without silent states."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -29,6 +30,18 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def same_bits(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(bits(first[name]), bits(second[name])) for name in first)
+
+
+def test_a_layer_whose_merge_fails_stays_unmerged(config):
+    model = nn.ModuleDict({"query": nn.Linear(3, 2)})
+    inject(model, dataclasses.replace(config, r=2, modules_to_save=(), target_modules=("query",)))
+    layer = model["query"]
+    layer.weight = nn.Parameter(torch.ones(1, 3).expand(2, 3), requires_grad=False)
+    before = layer(torch.ones(3))
+    with pytest.raises(RuntimeError, match="single memory location"):
+        layer.merge()
+    assert not layer.merged
+    assert torch.equal(layer(torch.ones(3)), before)
 
 
 @torch.no_grad()

@@ -42,6 +42,8 @@ def test_every_parameter_counts_once_in_one_role(model, config):
     lora = count_parameters(model)
     assert lora.head == full.head
     assert lora.total == total + lora.lora
+    model.requires_grad_(False)
+    assert count_parameters(model).frozen == lora.total
 
 
 def test_frozen_weights_get_no_gradient(model, config, input_ids):

@@ -385,9 +385,11 @@ def test_merging_is_refused_and_changes_nothing(adapted, input_ids):
         with merged(adapted):
             pass
 
-    for action in (lambda: merge(adapted), enter, lambda: eject(adapted, merge=True), layer.merge):
+    for action in (lambda: merge(adapted), enter, lambda: eject(adapted, merge=True)):
         with pytest.raises(RuntimeError, match="the weight is quantised: rounding .* eject"):
             action()
+    with pytest.raises(TypeError, match="a quantised weight cannot be written to; to merge, eject"):
+        layer.merge()
     assert not any(each.merged for each in lora_layers(adapted).values())
     assert torch.equal(adapted(input_ids).logits, before)
 
@@ -498,6 +500,11 @@ def test_copies_and_moves_keep_what_is_stored_and_writes_are_errors(adapted, inp
     assert isinstance(adapted.state_dict()[f"{QUERY}.weight"], QuantisedTensor)
     weight.data = QuantisedTensor(other.stored)  # what `to` does to a Parameter on another device
     assert weight.stored is other.stored
+    weight.bfloat16().zero_()  # a copy, although bfloat16 is what bf16 stores
+    assert torch.equal(adapted(input_ids).logits, before)
+    model = base(weight.stored.name, seed=5)
+    model.get_submodule(QUERY).weight.data.copy_(weight)
+    assert torch.equal(dense_state(model)[f"{QUERY}.weight"], dense_state(adapted)[f"{QUERY}.weight"])
 
     floats = torch.ones(32, 32)
     for write in (

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from conftest import tiny_roberta
 from test_fuzz import damage
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from lora import (
     AdapterError,
@@ -256,6 +257,26 @@ def test_many_cycles_give_back_every_bit(variant, dtype):
     assert torch.equal(weight.detach().view(torch.uint8), before.view(torch.uint8))
 
 
+@variants
+@torch.no_grad()
+def test_a_variant_on_a_conv1d_is_that_on_a_linear(variant):
+    linear, conv = nn.Sequential(nn.Linear(6, 9)), nn.Sequential(Conv1D(9, 6))
+    conv[0].weight.copy_(linear[0].weight.T)
+    conv[0].bias.copy_(linear[0].bias)
+    x = torch.randn(4, 6)
+    base, states = conv(x), []
+    for model in (linear, conv):
+        inject(model, config_of(variant, modules_to_save=(), target_modules=("0",)), seed=3)
+        if model is conv:
+            assert torch.equal(conv(x), base)
+        randomise(model)
+        states.append(model[0].adapter_state())
+        merge(model)
+    for name, tensor in states[0].items():
+        torch.testing.assert_close(states[1][name], tensor, msg=name)  # float32 sums in another order
+    torch.testing.assert_close(conv[0].weight.T, linear[0].weight)
+
+
 def test_a_layer_that_cannot_be_merged_leaves_every_weight_as_it_was(adapted):
     layers = lora_layers(adapted)
     before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
@@ -458,6 +479,23 @@ def test_eva_starts_at_the_singular_vectors_of_the_inputs_and_redistributes_the_
     assert model.lora_config.init_lora_weights is True
 
 
+def test_eva_gives_a_layer_no_more_directions_than_its_weight_has():
+    """The inputs of the second layer vary in 8 directions, of which its weight has 2; the first's, in one."""
+
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wide, self.thin = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.wide(x[:, :1].expand(-1, 8))[:, :2] + self.thin(x)
+
+    model = Two()
+    config = config_of("eva", r=4, modules_to_save=(), target_modules=("wide", "thin"))
+    inject_eva(model, config, [{"x": torch.randn(64, 8)}])
+    assert {name: layer.r for name, layer in lora_layers(model).items()} == {"wide": 6, "thin": 2}
+
+
 def test_eva_needs_batches_and_says_so(input_ids):
     model = tiny_roberta()
     with pytest.raises(ValueError, match="needs batches; call inject_eva"):
@@ -473,6 +511,37 @@ def test_eva_needs_batches_and_says_so(input_ids):
     inject(model, config_of("dora"))
     with pytest.raises(RuntimeError, match="adapter already"):
         inject_eva(model, config_of("eva"), eva_batches(input_ids))
+
+
+def test_the_rank_of_vera_may_exceed_that_of_the_weight():
+    """λ_d has r trained numbers, whatever the weight's size."""
+    model = nn.ModuleDict({"query": nn.Linear(7, 5)})
+    inject(model, config_of("vera", r=64, modules_to_save=(), target_modules=("query",)))
+    assert count_parameters(model).lora == 64 + 5
+    with pytest.raises(ValueError, match="r: 64 is more than 5, the largest rank of the weight of query"):
+        inject(nn.ModuleDict({"query": nn.Linear(7, 5)}), LoraConfig(r=64, target_modules=("query",)))
+
+
+def test_a_layer_that_is_not_what_the_config_asks_for_is_refused(model):
+    with pytest.raises(
+        ValueError, match="layer: GatedLoRALinear is no DoRALinear, which the config asks for"
+    ):
+        inject(model, config_of("dora"), layer=GatedLoRALinear)
+
+
+def test_a_rank_that_cannot_be_lowered_is_an_error(model, config):
+    class Renamed(LoRALinear):
+        def factors(self):
+            return self.lora_B.T, self.lora_A.T  # names say nothing: A is the left factor here
+
+        adapter_tensors = ("lora_A",)
+
+    inject(model, config, layer=Renamed)
+    with (
+        pytest.raises(RuntimeError, match="Renamed has no tensor whose name ends in _B"),
+        truncated(model, 1),
+    ):
+        pass
 
 
 def test_lora_plus_multiplies_the_rate_of_b_alone(config, input_ids):

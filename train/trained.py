@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lora import Adapter, AdapterError, Adapters, MergeableLinear, read_adapter, save_adapter
-from lora.files import CONFIG_FILE, TENSOR_FILE, load_read
+from lora import Adapter, AdapterError, Adapters, MergeableLinear, load_adapter, read_adapter, save_adapter
+from lora.files import CONFIG_FILE, TENSOR_FILE
 from lora.fingerprint import config_fields
 from lora.quantised import PRECISIONS
 from lora.storage import DamagedFileError, digest, read_tensors, write_tensors
@@ -115,7 +115,7 @@ def load_trained(folder: Path, text: bool = False) -> Trained:
     else:
         adapter = read_trained_adapter(folder)
         model, tokenizer = adapter.load_base()
-        load_read(model, adapter.content, adapter.folder, layer=adapter.layer)
+        load_adapter(model, adapter.content, layer=adapter.layer)
         trained = _trained(adapter, model, tokenizer)
     if text:
         _require_tokenizer(trained, folder)
@@ -141,7 +141,7 @@ def load_adapters(
     model, tokenizer = first.load_base()
     loaded, trained = Adapters(model), {}
     for name, adapter in adapters.items():
-        loaded.load_read(name, adapter.content, adapter.folder, layer=adapter.layer)
+        loaded.load(name, adapter.content, layer=adapter.layer)
         trained[name] = _trained(adapter, model, tokenizer)
     if text:
         _require_tokenizer(trained[next(iter(trained))], first.folder)

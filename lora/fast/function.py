@@ -7,7 +7,7 @@ less. With g = ∂L/∂h of one row x, where the first two are sums over the n r
 
     ∂L/∂B = s·g·(A·m(x))ᵀ           needs the thin product A·m(x), (n, r)
     ∂L/∂A = s·(Bᵀ·g)·m(x)ᵀ          needs x, (n, in), one tensor for query, key and value; only if A trains
-    ∂L/∂x = Wᵀ·g + m(s·Aᵀ·Bᵀ·g)     needs the mask, one bit an element (CUDA: a byte), and W, not a copy
+    ∂L/∂x = Wᵀ·g + m(s·Aᵀ·Bᵀ·g)     needs the mask, one bit an element (CUDA: a byte), and W, no cast of it
 
 W and b are frozen and get no gradient. ∂L/∂x is omitted if x needs none. Each product starts with the thin
 factor (n·r elements, not n·in), which is the cheapest order for any r below in and out (compare

@@ -142,7 +142,7 @@ class FastLoRALinear(LoRALinear, FastLinear):
         return super().forward(x)
 
     def is_rowwise(self, x: Tensor) -> bool:
-        """Whether `forward` in eval mode multiplies each row of the batch x by itself (lora/mixed.py)."""
+        """Whether `forward` in eval mode has a product for each row of the batch x (lora/mixed.py)."""
         A, _ = self.factors()
         return has_long_rows(x, A) and can_fuse(x, self.weight, self.bias, A)
 

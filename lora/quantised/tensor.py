@@ -118,7 +118,7 @@ class QuantisedTensor(Tensor):
         if function is F.linear:
             return linear(*args, **(kwargs or {}))
         if function is Tensor.__setitem__ and isinstance(args[0], QuantisedTensor):
-            raise TypeError("a quantised weight cannot be written to")
+            raise TypeError("a quantised weight cannot be written to; to merge, eject with a dtype")
         if function is Tensor.share_memory_:
             raise TypeError("a quantised weight cannot be moved to shared memory")
         is_assignment = function == Tensor.data.__set__  # type: ignore[attr-defined]
@@ -149,16 +149,19 @@ class QuantisedTensor(Tensor):
                     device = kwargs.get("device") or first.device
                     return QuantisedTensor(first.stored.mapped(lambda tensor: tensor.to(device, copy=True)))
                 if dtype.is_floating_point:
-                    return first.stored.dequantise(dtype).to(kwargs.get("device") or first.device)
+                    return first.stored.dequantise(dtype).to(kwargs.get("device") or first.device, copy=True)
             if function is torch.ops.aten.copy_.default and _is_alike(first, args[1]):
-                first.stored = args[1].stored.mapped(lambda tensor: tensor.to(first.device, copy=True))
+                for name, tensor in first.stored.tensors().items():  # in place, so that `.data` sees it too
+                    tensor.copy_(args[1].stored.tensors()[name])
                 return first
         if function._schema.is_mutable:
             named = zip(function._schema.arguments, args, strict=False)
             written = [value for each, value in named if each.alias_info and each.alias_info.is_write]
             written += [kwargs.get(each.name) for each in function._schema.arguments if each.is_out]
             if any(isinstance(leaf, QuantisedTensor) for leaf in torch.utils._pytree.tree_leaves(written)):
-                raise TypeError(f"{function}: a quantised weight cannot be written to")
+                raise TypeError(
+                    f"{function}: a quantised weight cannot be written to; to merge, eject with a dtype"
+                )
         args = torch.utils._pytree.tree_map_only(QuantisedTensor, lambda q: q.stored.dequantise(), args)
         kwargs = torch.utils._pytree.tree_map_only(QuantisedTensor, lambda q: q.stored.dequantise(), kwargs)
         return function(*args, **kwargs)

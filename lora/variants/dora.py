@@ -1,4 +1,4 @@
-"""DoRA: the length of each row of the weight is trained apart from its direction.
+"""DoRA: the length and the direction of each row of the weight are trained separately.
 
 DoRA (Liu et al. 2024, arXiv 2402.09353, equation 5) replaces W by
 
@@ -18,8 +18,8 @@ The norms need no (out, in) matrix. For a row w of W and b of B,
 
     ‖w + s·b·A‖² = ‖w‖² + 2s·b·(A·w) + s²·b·(A·Aᵀ)·bᵀ
 
-Trains A, B and m: `out` numbers more than LoRA. Each forward costs the product A·Wᵀ more, which is as large
-as W·x for r tokens. Dropout applies to the input of A alone, so that W·x is computed once.
+Trains A, B and m: `out` numbers more than LoRA. Each forward also computes W·Aᵀ, which costs as much as W·x
+for r tokens. Dropout applies to the input of A alone, so that W·x is computed once.
 """
 
 from __future__ import annotations

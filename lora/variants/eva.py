@@ -9,7 +9,7 @@ so that the start changes nothing and A·x explains as much of the inputs as any
 rank of the model is given to those directions of all layers that explain the largest share of their layer's
 inputs, σᵢ²/Σσ² (section 3.3). lora_alpha follows r, so that scaling is the same in all layers.
 
-The singular vectors are eigenvectors of XᵀX, (in, in), which is summed exactly as far as float64 goes. It
+The singular vectors are eigenvectors of XᵀX, (in, in), which is summed in float64. It
 costs one forward of each batch and an eigendecomposition for each layer. Then the adapter is plain LoRA with
 rank_pattern and alpha_pattern, in memory and in its folder.
 """
@@ -47,10 +47,11 @@ def inject_eva(
     if has_adapter(model):
         raise RuntimeError("the model has an adapter already; eject it first")
     names = [name for matched in find_targets(model, config).adapted.values() for name in matched]
-    found = input_directions(model, modules_once(model, names), batches)
+    modules: dict[str, Any] = modules_once(model, names)
+    found = input_directions(model, modules, batches)
     settings = {name: config.for_layer(name) for name in found}
     ranks = distribute(
-        {name: shares for name, (shares, _) in found.items()},
+        {name: shares[: min(modules[name].weight.shape)] for name, (shares, _) in found.items()},
         {name: layer["r"] for name, layer in settings.items()},
     )
     alphas = {}

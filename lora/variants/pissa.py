@@ -45,7 +45,7 @@ class PiSSALinear(LoRALinear):
         super().__init__(linear, *args, **settings)
         if self.r > min(self.weight.shape):
             raise ValueError(f"r: {self.r} is more than the rank {min(self.weight.shape)} of the weight")
-        U, S, Vh = torch.linalg.svd(self.weight.detach().double(), full_matrices=False)
+        U, S, Vh = torch.linalg.svd(self.base_weight.detach().double(), full_matrices=False)
         part = slice(self.r) if self.largest else slice(len(S) - self.r, None)
         root = (S[part] / self.scaling).sqrt()
         with torch.no_grad():

@@ -11,7 +11,7 @@ The pair has the size of the largest layer, and each layer uses a slice: the fir
 first `out` rows of B. Kaiming uniform numbers from `projection_prng_key` fill it, as in PEFT, so that it need
 not be saved (save_projection).
 
-Trains out + r numbers a layer: with r = 256 fewer than LoRA with r = 1. It costs thin products of rank r,
+Trains out + r numbers per layer: with r = 256 fewer than LoRA with r = 1. It costs thin products of rank r,
 which is large, and there is no α: scaling is 1.
 """
 
