@@ -53,6 +53,7 @@ PARTS: dict[str, Any] = {
 }
 DEFAULT_ALLOCATION = ("original",)  # measured with malloc's defaults, as the original's users have it
 WITH_DATA = ("original", "accuracy", "variants", "recipes", "base")  # whose run() also takes AG News
+REUSING_RUNS = ("accuracy", "variants", "recipes", "base", "anatomy")  # which repeat no finished training run
 WITH_BASELINES = ("merging", "peers", "adapters", "base")  # which leave out baselines that are not installed
 ALL = ("throughput", "memory", "inference", "growth")  # the parts of "all": minutes, without baselines
 _ROOT = Path(__file__).parent.parent
@@ -79,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     if options.data is not None:
         if options.part not in WITH_DATA:
             parser.error(f"--data goes with {', '.join(WITH_DATA)}, not with {options.part}")
+        if options.data.partition(":")[0] == "bbc":
+            parser.error("--data: bbc is measured without it")
         try:
             load_news(options.data, validation_fraction=0.05, seed=0)  # an error now, not after an hour
         except DataError as error:

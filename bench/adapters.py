@@ -53,15 +53,6 @@ CONTENDERS = {
     "peft": "PEFT, adapter_names",
 }
 OPERATIONS = {"switch": "switch by name", "load": "load from a folder", "merge": "merge and unmerge"}
-_COLORS = (
-    plotting.GREY,
-    plotting.BLUE,
-    plotting.GREEN,
-    "black",
-    plotting.ORANGE,
-    plotting.PURPLE,
-    plotting.RED,
-)
 HEADLESS = replace(CONFIG, modules_to_save=())  # PEFT has no mixed batches with RoBERTa's head
 
 
@@ -157,7 +148,7 @@ def figures(result: dict[str, Any], folder: Path) -> None:
     """adapters.png: articles per second against the number of adapters, a line for each contender."""
     settings = [rows for rows in _by_setting(result["mixed"]) if rows[0]["adapters"] < rows[-1]["adapters"]]
     figure, axes = plotting.panels(1, len(settings), 5.6, 3.4)
-    colors = dict(zip(CONTENDERS, _COLORS, strict=True))
+    colors = dict(zip(CONTENDERS, plotting.COLORS, strict=True))
     for setting, axis in zip(settings, axes[0], strict=True):
         for key, words in CONTENDERS.items():
             rows = [row for row in setting if key in row["milliseconds"]]
@@ -184,9 +175,24 @@ def _switching(over: Range, precision: str, device: torch.device) -> dict[str, A
     with tempfile.TemporaryDirectory() as folder:
         adapters = _adapters(over.model, 2, CONFIG, precision, device)
         _save(adapters, folder, "SEQ_CLS")
-        operations = {"here": _our_operations(adapters, folder, device)}
+
+        def merge_and_unmerge() -> None:
+            merge(adapters.model)
+            unmerge(adapters.model)
+
+        def load() -> None:
+            adapters.load("new", f"{folder}/0")
+
+        operations = {"here": _operations(adapters.use, load, adapters.remove, merge_and_unmerge, device)}
         if "peft" in installed():
-            operations["peft"] = _peft_operations(_with_peft(over.model, 2, folder, device), folder)
+            theirs = _with_peft(over.model, 2, folder, device)
+            operations["peft"] = _operations(
+                theirs.set_adapter,
+                lambda: theirs.load_adapter(f"{folder}/0", adapter_name="new"),
+                theirs.delete_adapter,
+                lambda: (theirs.merge_adapter(), theirs.unmerge_adapter()),
+                device,
+            )
         found = {}
         for key in OPERATIONS:
             rounds = over.switches if key == "switch" else over.operations
@@ -195,41 +201,26 @@ def _switching(over: Range, precision: str, device: torch.device) -> dict[str, A
     return found
 
 
-def _our_operations(adapters: Adapters, folder: str, device: torch.device) -> dict[str, Callable[[], float]]:
+def _operations(
+    use: Callable[[str], object],
+    load: Callable[[], object],
+    remove: Callable[[str], object],
+    merge_and_unmerge: Callable[[], object],
+    device: torch.device,
+) -> dict[str, Callable[[], float]]:
+    """The seconds of each of OPERATIONS with the adapters "0" and "1". load: one more, named "new"."""
     names = ["0", "1"]
 
     def switch() -> float:
         names.reverse()
-        return time_once(lambda: adapters.use(names[0]), device)
+        return time_once(lambda: use(names[0]), device)
 
-    def load() -> float:
-        seconds = time_once(lambda: adapters.load("new", f"{folder}/0"), device)
-        adapters.remove("new")
+    def load_and_remove() -> float:
+        seconds = time_once(load, device)
+        remove("new")
         return seconds
 
-    def merge_and_unmerge() -> float:
-        seconds = time_once(lambda: merge(adapters.model), device)
-        return seconds + time_once(lambda: unmerge(adapters.model), device)
-
-    return {"switch": switch, "load": load, "merge": merge_and_unmerge}
-
-
-def _peft_operations(model: Any, folder: str) -> dict[str, Callable[[], float]]:
-    names = ["0", "1"]
-
-    def switch() -> float:
-        names.reverse()
-        return time_once(lambda: model.set_adapter(names[0]), model.device)
-
-    def load() -> float:
-        seconds = time_once(lambda: model.load_adapter(f"{folder}/0", adapter_name="new"), model.device)
-        model.delete_adapter("new")
-        return seconds
-
-    def merge_and_unmerge() -> float:
-        return time_once(lambda: (model.merge_adapter(), model.unmerge_adapter()), model.device)
-
-    return {"switch": switch, "load": load, "merge": merge_and_unmerge}
+    return {"switch": switch, "load": load_and_remove, "merge": lambda: time_once(merge_and_unmerge, device)}
 
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
@@ -313,9 +304,11 @@ def _mixed(over: Range, device: torch.device) -> list[dict[str, Any]]:
     randomise({name: layer.lora_B for name, layer in product_layers(merged).items()})
     eject(merged, merge=True)
     merged.requires_grad_(False).eval()
-    rows = []
+    rows: list[dict[str, Any]] = []
     for setting in over.settings:
         precision = resolve_precision(setting.precision, device)
+        if any((row["precision"], row["length"]) == (precision, setting.length) for row in rows):
+            continue  # "auto" is fp32 on this machine
         print(f"adapters: {over.model}, {ROWS}x{setting.length} {precision}", file=sys.stderr)
         speed_up(adapters.model, precision)
         speed_up(merged, precision)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from bench import plotting, results_folder
 from bench.grid import CELLS, METHODS, RUNS, Method, Results, train_all
-from bench.memory import in_own_process, stack_components
+from bench.memory import in_own_process, note_on_peaks, peak_above_bare, stack_components
 from bench.paired import LORA, accuracy, compare, corrected_p, difference
 from bench.steps import (
     CLASSES,
@@ -105,7 +105,6 @@ def _steps(
         "kinds": {
             kind: {
                 **memory[kind],
-                "peak_above_bare_bytes": memory[kind]["peak_bytes"] - memory[kind]["bare_bytes"],
                 "milliseconds": milliseconds(seconds[kind]),
                 "over_fp32": ratio(seconds[kind], seconds["fp32"]),
             }
@@ -212,8 +211,9 @@ def table(result: dict[str, Any]) -> str:
         f"LoRA with r = 8 on query and value, computing in {result['precision']}; {result['device']}. Frozen"
         " linear layers are stored as the first column says, and embeddings in bf16 for all but fp32. All"
         " components are weights, copies, gradients, optimizer state and saved tensors, each at its largest;"
-        " the peak is of the resident set in a process of its own, without what the libraries take."
+        " the peak is of a process of its own, without what the libraries take."
     )
+    words += note_on_peaks(row for shape in result["shapes"] for row in shape["kinds"].values())
     parts = [prose(words)]
     for shape in result["shapes"]:
         parts += _shape_table(shape)
@@ -233,7 +233,7 @@ def _shape_table(shape: dict[str, Any]) -> list[str]:
                 mebibytes(parts["weights"]),
                 mebibytes(parts["weight_copies"] + parts["weight_casts"]),
                 mebibytes(sum(parts.values())),
-                mebibytes(row["peak_above_bare_bytes"]),
+                mebibytes(peak_above_bare(row)),
                 quantity(row["milliseconds"]["median"]),
                 spread(row["milliseconds"]),
                 f"{row['over_fp32']:.2f}",

@@ -24,7 +24,7 @@ from bench.steps import (
     ratio,
 )
 from bench.tables import prose
-from lora import LoraConfig, count_parameters
+from lora import count_parameters
 from model import HEAD
 from train.hardware import resolve_device, resolve_precision
 from train.tables import markdown, mebibytes, quantity
@@ -65,10 +65,7 @@ def run(quick: bool) -> dict[str, Any]:
     models = {("full", "", 0): full, ("head", "", 0): make("head", rows=rows, length=length)}
     for name, targets in TARGETS.items():
         for r in over.ranks:
-            config = LoraConfig(
-                r=r, lora_alpha=2 * r, lora_dropout=CONFIG.lora_dropout, target_modules=targets,
-                modules_to_save=HEAD,
-            )  # fmt: skip
+            config = replace(CONFIG, r=r, lora_alpha=2 * r, target_modules=targets)
             models["lora", name, r] = make("lora", rows=rows, length=length, config=config)
     points += _compare("rank", models, over.rounds, over.warm_up)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +34,7 @@ def run(quick: bool) -> dict[str, Any]:
         for kind in MODES:
             print(f"memory: {model_name} {batch}x{length} {precision}, {MODES[kind]}", file=sys.stderr)
             measured = in_own_process("bench.peak", kind, model_name, str(batch), str(length), precision)
-            parts = measured["components"]
-            held = sum(parts.values())
-            rows.append(
-                {
-                    "model": model_name, "rows": batch, "length": length, "mode": kind, **measured,
-                    # Backward frees activations and casts while it allocates gradients.
-                    "after_forward_bytes": held - parts["gradients"],
-                    "after_backward_bytes": held - parts["activations"] - parts["weight_casts"],
-                    "peak_above_bare_bytes": measured["peak_bytes"] - measured["bare_bytes"],
-                }
-            )  # fmt: skip
+            rows.append({"model": model_name, "rows": batch, "length": length, "mode": kind, **measured})
     return {"seed": 0, "precision": precision, "rows": rows}
 
 
@@ -55,7 +46,7 @@ def table(result: dict[str, Any]) -> str:
                 f"MiB; {result['precision']}; {result['device']}; each mode in its own process."
                 " Backward frees activations and casts while it allocates gradients, so not all of them exist"
                 " at once. The measured peak also contains temporary tensors, memory of the libraries, and"
-                f" freed memory that the allocator has kept.{_note_on_peaks(result)}"
+                f" freed memory that the allocator has kept.{note_on_peaks(result['rows'])}"
             ),
             *(_model_table(rows) for rows in _by_model(result).values()),
         ]
@@ -73,9 +64,9 @@ def _model_table(rows: dict[str, dict[str, Any]]) -> str:
         [
             [f"{first['model']}, {first['rows']} x {first['length']}", *MODES.values(), "LoRA saves"],
             *(line(words, lambda row, key=key: row["components"][key]) for key, words in COMPONENTS.items()),
-            line("held after forward", lambda row: row["after_forward_bytes"]),
-            line("held after backward", lambda row: row["after_backward_bytes"]),
-            line("measured peak of the steps", lambda row: row["peak_above_bare_bytes"]),
+            line("held after forward", lambda row: _held(row) - row["components"]["gradients"]),
+            line("held after backward", _held_after_backward),
+            line("measured peak of the steps", peak_above_bare),
             line("- minus what is held", _above_held),
             line("the process without a model, not included above", lambda row: row["bare_bytes"]),
         ]
@@ -89,7 +80,7 @@ def figures(result: dict[str, Any], folder: Path) -> None:
     for (name, rows), axis in zip(models.items(), axes[0], strict=True):
         for at, row in enumerate(rows.values()):
             stack_components(axis, at, row["components"], width=0.55)
-            peak = row["peak_above_bare_bytes"] / 2**20
+            peak = peak_above_bare(row) / 2**20
             label = None if at else "measured peak of the steps"
             axis.plot([at - 0.36, at + 0.36], [peak, peak], color="black", label=label)
             axis.annotate(f"{peak:,.0f}", (at + 0.29, peak), (2, 3), textcoords="offset points", fontsize=8)
@@ -112,7 +103,21 @@ def stack_components(axis: Any, at: int, components: dict[str, int], width: floa
 
 
 def _above_held(row: dict[str, Any]) -> int:
-    return int(row["peak_above_bare_bytes"] - held_bytes(row["components"]))
+    return peak_above_bare(row) - held_bytes(row["components"])
+
+
+def _held(row: dict[str, Any]) -> int:
+    return sum(row["components"].values())
+
+
+def _held_after_backward(row: dict[str, Any]) -> int:
+    """Backward frees activations and casts while it allocates gradients."""
+    return _held(row) - int(row["components"]["activations"] + row["components"]["weight_casts"])
+
+
+def peak_above_bare(row: dict[str, Any]) -> int:
+    """The peak without what the process takes before there is a model."""
+    return int(row["peak_bytes"] - row["bare_bytes"])
 
 
 def in_own_process(module: str, *arguments: str) -> dict[str, Any]:
@@ -130,7 +135,8 @@ def _by_model(result: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
     return models
 
 
-def _note_on_peaks(result: dict[str, Any]) -> str:
-    if all(row["peak_of"] == "steps" for row in result["rows"]):
+def note_on_peaks(rows: Iterable[dict[str, Any]]) -> str:
+    """A sentence if the peaks are of the whole process and not of the steps, else ""."""
+    if all(row["peak_of"] == "steps" for row in rows):
         return ""
     return " This system records one peak for the whole process, so the peaks include loading."

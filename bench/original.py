@@ -16,12 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import numpy as np
 import torch
 from datasets import Dataset
 
 from bench.baselines import with_peft
-from bench.steps import CONFIG
 from bench.tables import prose
 from lora import inject
 from lora.errors import UserError
@@ -96,9 +94,10 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _rows(data: str, count: int) -> tuple[Dataset, int]:
-    """The first rows of the training split after a shuffle with seed 0."""
+    """The first rows of the training split after a shuffle with seed 0, at most `count`; how many classes."""
     news = load_news(data, validation_fraction=0.05, seed=0, max_train_examples=0)
-    return news.train.shuffle(seed=0).select(range(count)), len(news.labels)
+    rows = news.train.shuffle(seed=0)
+    return rows.select(range(min(count, len(rows)))), len(news.labels)
 
 
 def _ours(
@@ -129,7 +128,7 @@ def _original(
     datasets.utils.logging.disable_progress_bar()
     padded = rows.map(tokenise, batched=True, batch_size=1000, load_from_cache_file=False)
     padded = padded.select_columns(["input_ids", "attention_mask", "label"]).rename_column("label", "labels")
-    model = with_peft(load_base(MODEL, num_labels=classes)[0], CONFIG)
+    model = with_peft(load_base(MODEL, num_labels=classes)[0], recipe.lora_config())
     with tempfile.TemporaryDirectory() as folder:
         settings = transformers.TrainingArguments(
             output_dir=folder,
@@ -154,4 +153,4 @@ def _original(
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
-    return {"seconds": seconds, "computed_tokens": int(np.sum([len(row) for row in padded["input_ids"]]))}
+    return {"seconds": seconds, "computed_tokens": sum(map(len, padded["input_ids"]))}

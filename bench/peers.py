@@ -77,7 +77,6 @@ def _row(
     tasks: dict[str, Any] = {kind: model.step for kind, model in models.items()}
     seconds = time_in_turn({**tasks, "products": products}, rounds, device)
     memory = {kind: memory_bytes(model) for kind, model in models.items()}
-    ours = memory["lora"]
     return {
         "model": model_name,
         "rows": batch,
@@ -88,10 +87,6 @@ def _row(
         "step_over_products": ratio(seconds["lora"], seconds["products"]),
         "over_ours": {kind: ratio(seconds[kind], seconds["lora"]) for kind in ("full", *baselines)},
         "memory_bytes": memory,
-        "our_activations_over": {
-            kind: ours["activations"] / memory[kind]["activations"] for kind in baselines
-        },
-        "our_total_over": {kind: sum(ours.values()) / sum(memory[kind].values()) for kind in baselines},
         "parity": {kind: _parity(models["lora"], models[kind]) for kind in baselines},
     }
 

@@ -12,6 +12,7 @@ from matplotlib import pyplot as plt
 
 BLUE, ORANGE, GREEN, RED, GREY = "#2f6db3", "#d9822b", "#3a8f5c", "#b5443c", "#9aa3ad"
 PURPLE = "#8a63b5"
+COLORS = (GREY, BLUE, GREEN, "black", ORANGE, PURPLE, RED)
 _COLUMNS = 7  # of a legend
 
 

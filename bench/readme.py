@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import RESULTS
-from bench.__main__ import PARTS
+from bench.__main__ import PARTS, REUSING_RUNS
 from bench.steps import held_bytes
 from bench.tables import prose
 from train.tables import markdown, mebibytes, quantity, size
@@ -61,12 +61,16 @@ def _measured(name: str, results: Path) -> str:
 
 
 def _source(name: str, result: dict[str, Any]) -> str:
-    """A line that names the JSON file and the commit that was measured."""
+    """A line that names the JSON file and the commit that was measured.
+
+    Training runs that were finished before are not of that commit.
+    """
     link = f"[`{name}.json`](results/{name}.json)"
     if not result.get("commit"):
         return f"Source: {link}."
     changed = "" if result["clean_tree"] else " with uncommitted changes"
-    return f"Source: {link}, measured at commit `{result['commit'][:12]}`{changed}."
+    reused = "; training runs may be of earlier commits" if name in REUSING_RUNS else ""
+    return f"Source: {link}, measured at commit `{result['commit'][:12]}`{changed}{reused}."
 
 
 def summary(results: Path) -> str:

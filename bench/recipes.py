@@ -29,13 +29,14 @@ def run(quick: bool, data: str | None = None) -> dict[str, Any]:
     shrunk = QUICK if quick else {}
     runs_folder = RUNS / "quick" if quick else RUNS
     planned: list[tuple[str, str, dict[str, Any], str]] = []
-    for seed in SEEDS[: 1 if quick else None]:
+    seeds = SEEDS[: 1 if quick else None]
+    for seed in seeds:
         name = f"seed{seed}" if seed else "quickstart"
         command = (
             f".venv/bin/python -m train --set seed={seed} --output runs/{name}" if seed else "make train"
         )
         planned.append(("quickstart", name, {"seed": seed}, command))
-    for seed in SEEDS[: 1 if quick else None] if data is not None else ():
+    for seed in seeds if data is not None else ():
         name = f"minilm-agnews-seed{seed}" if seed else "minilm-agnews"
         more = f" --set seed={seed} --output runs/{name}" if seed else ""
         command = f'make train RECIPE=minilm-agnews ARGS="--data FOLDER{more}"'

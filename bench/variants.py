@@ -31,15 +31,6 @@ from train.hardware import resolve_device, resolve_precision
 from train.tables import markdown, mebibytes, quantity, size
 
 LEVEL = 0.05
-COLORS = (
-    "black",
-    plotting.GREY,
-    plotting.BLUE,
-    plotting.ORANGE,
-    plotting.GREEN,
-    plotting.RED,
-    plotting.PURPLE,
-)
 
 
 def run(quick: bool, data: str | None = None) -> dict[str, Any]:
@@ -258,10 +249,10 @@ def figures(result: dict[str, Any], folder: Path) -> None:
 
 
 def _style(number: int) -> dict[str, Any]:
-    """The style of a method's line: COLORS twice, solid and dashed, with other markers."""
-    again, index = divmod(number, len(COLORS))
+    """The style of a method's line: plotting.COLORS twice, solid and dashed, with other markers."""
+    again, index = divmod(number, len(plotting.COLORS))
     return {
-        "color": COLORS[index],
+        "color": plotting.COLORS[index],
         "linestyle": ("-", "--")[again % 2],
         "marker": "os^vDP*"[(index + again) % 7],
     }
