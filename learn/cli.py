@@ -36,7 +36,8 @@ def _run(options: argparse.Namespace, folder: Path) -> int:
             print(f"Created your files in {shown(folder)}. Start with {shown(page(1))}.\n")
     if options.reset is not None:
         kept = reset(folder, options.reset)
-        print(f"{shown(folder / file_name(options.reset))} is new; your file is kept as {shown(kept)}")
+        where = f"; your file is kept as {shown(kept)}" if kept else ""
+        print(f"{shown(folder / file_name(options.reset))} is new{where}")
         return 0
     if options.solution is not None:
         return _show_solution(options.solution)

@@ -82,14 +82,21 @@ def create_files(folder: Path) -> list[Path]:
     return created
 
 
-def reset(folder: Path, step: int) -> Path:
-    """Replaces the reader's file of a step by the template. Returns where the old one is kept."""
+def reset(folder: Path, step: int) -> Path | None:
+    """Replaces the reader's file of a step by the template.
+
+    Returns where the file is kept, beside those of earlier calls; None if there was none but the template.
+    """
     path = folder / file_name(step)
-    text = template(step)
+    text = template(step).encode()
+    if not path.exists() or path.read_bytes() == text:
+        write_atomically(path, text)
+        return None
     kept = path.with_suffix(".before-reset")
-    if path.exists():
-        path.replace(kept)
-    write_atomically(path, text.encode())
+    while kept.exists():
+        kept = kept.with_name(f"{kept.name}~")
+    path.replace(kept)
+    write_atomically(path, text)
     return kept
 
 

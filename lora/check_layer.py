@@ -252,6 +252,8 @@ def _merges_what_it_computes(layer: type[MergeableLinear]) -> Results:
             made.merge()
             wrong = int((made.weight != round_to(exact, dtype)).sum())
             yield wrong == 0, f"{dtype}: merge rounds merged_weight() once: {wrong} of {exact.numel()} differ"
+            same = torch.equal(made.merged_weight(), exact)
+            yield same, f"{dtype}: merged_weight() is the same while merged: from base_weight, not weight"
             found = _largest(made(x).double() - expected) / _largest(expected)
             yield (
                 found <= limit,

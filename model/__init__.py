@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 HEAD = ("classifier",)  # the newly initialised module of RobertaForSequenceClassification
 
-__all__ = ["HEAD", "ModelError", "load_base", "speed_up"]
+__all__ = ["HEAD", "ModelError", "load_base", "longest_text", "speed_up"]
 
 if TYPE_CHECKING:
-    from model.base import ModelError, load_base
+    from model.base import ModelError, load_base, longest_text
     from model.fast import speed_up
 else:
 

@@ -74,9 +74,14 @@ def load_base(
             model, tokenizer = _random(name, settings)
         else:
             folder = Path(name) if Path(name).is_dir() else _fetch(name)
-            model, tokenizer = _from_folder(folder, settings, seed)
+            model, tokenizer = _from_folder(folder, settings)
     model.config.name_or_path = name
     return model.eval(), tokenizer
+
+
+def longest_text(config: RobertaConfig) -> int:
+    """The number of tokens that the model reads at most: its first positions stand for padding."""
+    return int(config.max_position_embeddings - config.pad_token_id - 1)
 
 
 def _embedded(settings: dict[str, Any]) -> RobertaForSequenceClassification:
@@ -115,7 +120,7 @@ def _roberta_base_config() -> RobertaConfig:
     )
 
 
-def _from_folder(folder: Path, settings: dict[str, Any], seed: int) -> tuple[Any, Any]:
+def _from_folder(folder: Path, settings: dict[str, Any]) -> tuple[Any, Any]:
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder}: there is no config.json, so this is not a model in the hub's layout")
     if not list(folder.glob("model*.safetensors")):
@@ -127,7 +132,6 @@ def _from_folder(folder: Path, settings: dict[str, Any], seed: int) -> tuple[Any
         if config.model_type != "roberta":
             raise ModelError(f"{folder}: a {config.model_type} model; only roberta is supported")
         config.update(settings)
-        torch.manual_seed(seed)
         model, report = RobertaForSequenceClassification.from_pretrained(
             folder,
             config=config,

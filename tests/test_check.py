@@ -162,6 +162,11 @@ class MergesDropout(Base):
             return self.base_weight.double() + self.s * self.lora_B.double() @ A
 
 
+class MergesWhatIsMerged(Base):
+    def merged_weight(self):
+        return self.weight.double() + self.s * self.lora_B.double() @ self.lora_A.double()
+
+
 class MergesInFloat32(Base):
     def merged_weight(self):
         return super().merged_weight().float()
@@ -243,6 +248,7 @@ WRONG = {
     RedrawsMask: "backward uses the mask of forward",
     KeepsUnscaled: "dropout keeps the mean",
     MergesDropout: r"merged_weight\(\) is the same twice",
+    MergesWhatIsMerged: r"merged_weight\(\) is the same while merged",
     MergesInFloat32: r"merged_weight\(\) is float64: torch.float32",
     MergesOtherSign: r"forward computes merged_weight\(\)",
     SubtractsToUnmerge: "unmerge restores W bit for bit",

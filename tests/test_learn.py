@@ -170,6 +170,10 @@ def test_reset_keeps_the_old_file_and_nothing_is_overwritten_otherwise(tmp_path)
     kept = course.reset(tmp_path, 2)
     assert kept.read_text() == "mine = 1\n"
     assert path.read_text() == course.template(2)
+    assert course.reset(tmp_path, 2) is None
+    path.write_text("mine = 2\n")
+    assert course.reset(tmp_path, 2).read_text() == "mine = 2\n"
+    assert kept.read_text() == "mine = 1\n"
 
 
 def test_a_solution_is_shown_after_asking_only(monkeypatch, capsys, tmp_path):

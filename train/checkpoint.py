@@ -8,6 +8,7 @@ learning rates and counters.
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 def base_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers that are not of the adapters, by name."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: tensor for name, tensor in tensors.items() if name not in adapter_tensors(model)}
+    adapter = adapter_tensors(model)
+    return {name: tensor for name, tensor in tensors.items() if name not in adapter}
 
 
 def save_checkpoint(folder: Path, trainer: Trainer, identity: dict[str, str]) -> None:
@@ -59,8 +61,8 @@ def save_checkpoint(folder: Path, trainer: Trainer, identity: dict[str, str]) ->
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint files, oldest first."""
-    return sorted(folder.glob("[0-9]*.safetensors"))
+    """The checkpoint files, oldest first. Copies with other names are left alone."""
+    return sorted(path for path in folder.glob("*.safetensors") if re.fullmatch("[0-9]{8,}", path.stem))
 
 
 def load_last_checkpoint(folder: Path, trainer: Trainer, identity: dict[str, str]) -> bool:

@@ -7,10 +7,11 @@ import itertools
 import os
 import shlex
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from lora.errors import UserError
+from lora.errors import UserError, first_line
 from train.command import CommandParser, print_error, run_command
 from train.config import RECIPES, Recipe, RecipeError, field_meant, load_recipe, nearest, parse_setting
 from train.data import DATA_HELP
@@ -59,12 +60,12 @@ def _train(options: argparse.Namespace, unknown: Sequence[str]) -> int:
     flags = {key: value for key, value in flags.items() if value is not None}
     own = options.output or Path("runs") / "quickstart"
     if options.resume and options.recipe is None and (own / CONFIG).is_file():
-        recipe, name = run_recipe(own), recipe_name(own)
+        recipe, name, folder = run_recipe(own), recipe_name(own), own
     else:
         name, recipe = load_recipe(options.recipe or "quickstart")
+        folder = options.output or Path("runs") / name
     recipe = recipe.changed(settings, "--set ").changed(flags, "--")
     keep_freed_memory()
-    folder = options.output or Path("runs") / name
     try:
         result = run_job(name, recipe, folder, options.resume)
     except InterruptedRunError as stop:
@@ -79,7 +80,8 @@ def _train(options: argparse.Namespace, unknown: Sequence[str]) -> int:
     except RuntimeError as error:
         if isinstance(error, UserError) or os.environ.get("WORLD_SIZE", "1") == "1":
             raise
-        return print_error(f"lost the connection to the other processes: {str(error).splitlines()[0]}")
+        traceback.print_exc()  # also of an error of this process, which then loses its connection
+        return print_error(f"this process or its connection to the others failed: {first_line(error)}")
     if env_rank() == 0:
         if result.was_finished:
             print(f"{folder}: the run is finished; there is nothing to resume", file=sys.stderr)
@@ -103,5 +105,5 @@ def _explain(unknown: Sequence[str]) -> str:
             else f"--set {shlex.quote(f'{field}={value}')}"
         )
         return f"{flag}: there is no such flag; use {instead}"
-    known = ("--recipe", "--model", "--data", "--output", "--resume", "--set", "--help")
+    known = ("--recipe", "--model", "--data", "--layer", "--output", "--resume", "--set", "--help")
     return f"{flag}: there is no such flag; {nearest(flag, known)}"

@@ -254,7 +254,7 @@ def _unmatched(run: Run, by_position: bool) -> str:
     how = (
         "texts are matched by their position, since the true classes of all runs are equal one by one"
         if by_position
-        else "it is left out, because its true classes are not those of the other runs one by one"
+        else "it is left out, because the texts or true classes of all runs are not equal one by one"
     )
     return (
         f"{run.name}: its {PREDICTIONS} has no digests of the texts; {how}. To add digests, remove its "

@@ -168,13 +168,15 @@ class Recipe:
             raise RecipeError(f"{flag}{error}") from error
 
     def with_absolute_paths(self) -> Recipe:
-        """The recipe with absolute paths if model or data is a folder, so that it holds in every folder."""
+        """The recipe with absolute paths of a layer's file, and of model and data if they are folders."""
         # Embedded names are not folders, even where a folder has this name.
         embedded = {"model": self.model == "minilm", "data": is_bbc(self.data)}
         names = {field: getattr(self, field) for field, known in embedded.items() if not known}
-        return self.changed(
-            {field: str(Path(name).resolve()) for field, name in names.items() if Path(name).is_dir()}
-        )
+        paths = {field: str(Path(name).resolve()) for field, name in names.items() if Path(name).is_dir()}
+        file, _, layer = self.layer.rpartition(":")
+        if file:
+            paths["layer"] = f"{Path(file).resolve()}:{layer}"
+        return self.changed(paths)
 
     def to_toml(self) -> str:
         """All fields of the recipe in TOML."""
@@ -245,7 +247,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
 def _typed(field: dataclasses.Field[Any], value: Any) -> Any:
     kind, shown = str(field.type), reprlib.repr(value)
     if kind == "int":
-        if isinstance(value, bool) or not isinstance(value, int) or abs(value) > 2**53:
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 10**15:
             raise RecipeError(f"{field.name}: {shown} is not a whole number of at most 15 digits")
     elif kind == "float":
         if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:

@@ -72,10 +72,14 @@ def load_news(name: str, validation_fraction: float, seed: int, max_train_exampl
         else:
             train, test, labels = _read_hub(name)
         _refuse_too_few(name, train, labels)
-        # At least one row per class on both sides, whatever the fraction.
+        # As many rows as classes on both sides, without which a stratified split is refused.
         size = min(max(round(validation_fraction * len(train)), len(labels)), len(train) - len(labels))
         parts = train.train_test_split(test_size=size, stratify_by_column="label", seed=seed)
         train, validation = parts["train"], parts["test"]
+        for index in set(range(len(labels))) - set(train["label"]):
+            raise DataError(
+                f"{name}: validation_fraction {validation_fraction} leaves {labels[index]!r} no training row"
+            )
     if max_train_examples and max_train_examples < len(train):
         train = train.shuffle(seed=seed).select(range(max_train_examples))
     return News(train, validation, test, labels)
@@ -111,8 +115,8 @@ def _refuse_too_few(name: str, train: Dataset, labels: tuple[str, ...]) -> None:
     for index, label in enumerate(labels):
         if counts[index] < 2:
             raise DataError(
-                f"{name}: class {label!r} has {counts[index]} training rows; at least 2 are needed, one of "
-                "them for validation"
+                f"{name}: class {label!r} has {counts[index]} training rows; at least 2 are needed to "
+                "divide them"
             )
 
 
@@ -228,17 +232,21 @@ def _read_hub(name: str) -> tuple[Dataset, Dataset, tuple[str, ...]]:
     for split in ("train", "test"):
         if split not in splits:
             raise DataError(f"{name}: no split {split!r}; there are {', '.join(splits)}")
+        if not len(splits[split]):
+            raise DataError(f"{name}: the split {split!r} has no rows")
         for column in ("text", "label"):
             if column not in splits[split].column_names:
                 raise DataError(
                     f"{name}: no column {column!r}; there are {', '.join(splits[split].column_names)}"
                 )
     label = splits["train"].features["label"]
-    labels = (
-        tuple(label.names)
-        if isinstance(label, ClassLabel)
-        else tuple(str(value) for value in sorted(splits["train"].unique("label")))
-    )
+    if isinstance(label, ClassLabel):
+        labels = tuple(label.names)
+    else:
+        for row, value in enumerate(splits["train"]["label"]):
+            if not isinstance(value, str | int):
+                raise DataError(f"{name}, train row {row}: the label {value!r} is not one class")
+        labels = tuple(str(value) for value in sorted(splits["train"].unique("label")))
     by_value: dict[Any, int] = {value: index for index, value in enumerate(labels)}
     found = []
     for split in ("train", "test"):

@@ -20,7 +20,7 @@ from lora import ParameterCount, check_layer, count_parameters
 from lora.fingerprint import config_fields
 from lora.modules import train_only
 from lora.storage import digest, write_atomically
-from model import HEAD, load_base, speed_up
+from model import HEAD, load_base, longest_text, speed_up
 from train.adapter import inject_adapter, quantise_base
 from train.batches import Encoded, encode, tokenizer_digest
 from train.checkpoint import base_tensors, list_checkpoints, load_last_checkpoint, save_checkpoint
@@ -160,11 +160,13 @@ def _make_model(recipe: Recipe, news: News) -> tuple[PreTrainedModel, Any, Param
     )
     if tokenizer is None:
         raise DataError(f"{recipe.model} comes without a tokenizer, so it cannot be trained on text")
-    longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
+    longest = longest_text(model.config)
     if recipe.max_length_tokens > longest:
         raise RunError(
             f"max_length_tokens: {recipe.max_length_tokens}, and {recipe.model} reads {longest} at most"
         )
+    if recipe.layer and recipe.method != "lora":
+        raise RecipeError(f"layer: {recipe.layer!r} is a layer of LoRA, and the method is {recipe.method!r}")
     quantise_base(model, recipe.base_precision)
     if recipe.method == "lora":
         inject_adapter(model, recipe, tokenizer, lambda: news.train)

@@ -25,12 +25,14 @@ def load_layer(spec: str) -> type[MergeableLinear] | None:
         loader = importlib.util.spec_from_file_location(module_name, path)
         if loader is None or loader.loader is None:
             raise RecipeError(f"layer: {path} is not a Python file")
-        module = importlib.util.module_from_spec(loader)
+        module = sys.modules[module_name] = importlib.util.module_from_spec(loader)  # dataclasses look there
         try:
             loader.loader.exec_module(module)
-        except Exception as error:
+        except BaseException as error:
+            del sys.modules[module_name]
+            if not isinstance(error, Exception):
+                raise
             raise RecipeError(f"layer: {path}: {type(error).__name__}: {first_line(error)}") from error
-        sys.modules[module_name] = module
     found = getattr(sys.modules[module_name], name, None)
     if not (isinstance(found, type) and issubclass(found, MergeableLinear)):
         known = [

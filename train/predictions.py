@@ -82,11 +82,13 @@ def match(runs: Sequence[Sequence[Prediction]]) -> tuple[list[dict[Key, Predicti
 
     Texts are the same if their digests and their true classes are equal; a text that occurs n times in both
     runs is matched n times. If a run has no digests, texts are matched by position if the true classes of all
-    runs are equal, one by one; otherwise nothing of that run is matched.
+    runs are equal, one by one, and the digests of those that have some; otherwise nothing of it is matched.
     """
     tested = [rows for rows in runs if rows]
     truths = {tuple(row.label for row in rows) for rows in tested}
-    if not all(row.digest for rows in tested for row in rows) and len(truths) == 1:
+    digests = {tuple(row.digest for row in rows) for rows in tested}
+    without = {digest for digest in digests if not all(digest)}
+    if without and len(truths) == 1 and len(digests - without) <= 1:
         return [{(position,): row for position, row in enumerate(rows)} for rows in runs], True
     return [_by_text(rows) for rows in runs], False
 

@@ -39,9 +39,10 @@ class Telemetry:
     def line(self) -> dict[str, list[float]]:
         """One value per layer of ‖ΔW‖/‖W‖, the effective rank of ΔW, and the gradient norm of A and of B.
 
-        ΔW is measured after the step. The gradients are those of the step. The gradient of A is zero until B
-        has changed: in the first step and, because a warm-up starts at rate 0, in the second. A variant of
-        LoRA has the gradient norm of each tensor that it trains, and ΔW only if its ΔW is scaling·B·A.
+        ΔW is measured after the step. The gradients are those of the step. If B starts at zero, the gradient
+        of A is zero until B has changed: in the first step and, because a warm-up starts at rate 0, in the
+        second. A variant of LoRA has the gradient norm of each tensor that it trains, and ΔW only if its ΔW
+        is scaling·B·A.
 
         Empty if a value is not finite, as in a step that float16's scaler skips. Waits for the device.
         """

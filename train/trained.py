@@ -17,7 +17,7 @@ from lora.files import CONFIG_FILE, TENSOR_FILE
 from lora.fingerprint import config_fields
 from lora.quantised import PRECISIONS
 from lora.storage import DamagedFileError, digest, read_tensors, write_tensors
-from model import load_base
+from model import load_base, longest_text
 from train.adapter import quantise_base
 from train.batches import tokenizer_digest
 from train.config import Recipe
@@ -189,7 +189,7 @@ def adapter_size(folder: Path) -> int:
 
 def _trained(adapter: TrainedAdapter, model: PreTrainedModel, tokenizer: Any) -> Trained:
     _check_tokenizer(tokenizer, adapter.note, adapter.folder)
-    longest = model.config.max_position_embeddings - model.config.pad_token_id - 1
+    longest = longest_text(model.config)
     length = min(adapter.note.get("max_length_tokens", longest), longest)
     return Trained(model.eval(), tokenizer, adapter.labels, length)
 

@@ -99,6 +99,10 @@ def check_learning(step: ModuleType) -> None:
         }
         state = " and ".join(f"{name} {'zero' if name in zero else 'random'}" for name in ("A", "B"))
         expect_value(f"learning_factors(A, B) with {state}", got, wanted, mistakes)
+    A, B = torch.zeros(2, 5).double(), torch.zeros(7, 2).double()
+    A[1, :2] = B[3] = torch.tensor([1.0, -1.0]).double()
+    what = "learning_factors(A, B), when each has a 1, a -1 and else zeros"
+    expect_value(what, step.learning_factors(A, B), {"A", "B"})
 
 
 CHECKS = (check_shapes, check_zero, check_distribution, check_learning)

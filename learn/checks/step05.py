@@ -43,6 +43,14 @@ def check_sibling(step: ModuleType) -> None:
         what = f"train_only(model, {HEAD!r}), when the model has classifier_norm beside {HEAD}"
         raise CheckError(what, expected="classifier_norm is frozen", got="it trains", why=why)
     model.classifier_norm.requires_grad_(True)
+    model.pre_classifier = nn.Linear(2, 2)  # DistilBERT has one beside its classifier
+    model.pre_classifier.requires_grad_(False)
+    step.train_only(model, HEAD)
+    if model.pre_classifier.weight.requires_grad:
+        what = f"train_only(model, {HEAD!r}), when the model has pre_classifier beside {HEAD}"
+        raise CheckError(what, expected="pre_classifier is frozen", got="it trains")
+    model.requires_grad_(True)
+    model.pre_classifier.requires_grad_(True)
     head = sum(parameter.numel() for parameter in model.classifier.parameters())
     what = f"count(…)['head'], when classifier_norm beside {HEAD} trains too"
     expect_value(what, step.count(model, HEAD)["head"], head, {why: head + 20})

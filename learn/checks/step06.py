@@ -49,6 +49,8 @@ def check_names(step: ModuleType) -> None:
         ("0.attention.self.query",),
     ):
         model = minilm_shapes()
+        for name in (f"{HEAD}_norm",):  # beside the head, not inside it
+            setattr(model, name, nn.ModuleDict({"dense": nn.Linear(4, 4)}))
         config = LoraConfig(target_modules=patterns, modules_to_save=(HEAD,))
         wanted = {name for names in find_targets(model, config).adapted.values() for name in names}
         got = step.inject(model, patterns, _Wrapped, HEAD)
@@ -98,10 +100,10 @@ def check_same_parameters(step: ModuleType) -> None:
 
 def check_no_match(step: ModuleType) -> None:
     """A pattern that matches no Linear is an error that names it, and leaves the model unchanged."""
-    for patterns in (("query", "q_proj"), ("LayerNorm",)):
+    for patterns in (("query", "q_proj"), ("LayerNorm",), ("query", "out_proj")):
         model = minilm_shapes()
         why = "A misspelt pattern would train nothing, or less than you think, without a word."
-        what = f"inject(model, {patterns}, …), where {patterns[-1]!r} matches no nn.Linear"
+        what = f"inject(model, {patterns}, …), where {patterns[-1]!r} matches no nn.Linear outside the head"
         arguments: tuple[Any, ...] = (model, patterns, _Wrapped, HEAD)
         error = expect_error(what, ValueError, step.inject, *arguments, why=why)
         if patterns[-1] not in str(error):

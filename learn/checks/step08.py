@@ -94,6 +94,7 @@ def check_states(step: ModuleType) -> None:
                 expected="the output before, bit for bit",
                 got=f"other values, by up to {(layer(x) - before).abs().max():.3g}",
             )
+    expect_value("layer.unmerged_weight after unmerge", layer.unmerged_weight, None)
     expect_error("unmerge, twice", RuntimeError, layer.unmerge)
     layer.merge()
     expect_value("layer.merged after merge, unmerge, merge", layer.merged, True)

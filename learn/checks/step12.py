@@ -57,8 +57,10 @@ def check_effective_rank(step: ModuleType) -> None:
             "The sign of the sum is missing.": (p * p.log()).sum().exp(),
         }
         known = {why: each.reshape(1) for why, each in mistakes.items()}
-        value = torch.as_tensor(got).double().reshape(1) if isinstance(got, int | float | Tensor) else got
-        expect(f"effective_rank({S.tolist()})", value, torch.tensor([wanted]).double(), known)
+        if not isinstance(got, int | float):
+            expect_value(f"effective_rank({S.tolist()})", got, wanted)
+        value = torch.tensor([got], dtype=torch.float64)
+        expect(f"effective_rank({S.tolist()})", value, torch.tensor([wanted], dtype=torch.float64), known)
 
 
 def check_cut(step: ModuleType) -> None:

@@ -27,7 +27,7 @@ def inject(
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and not name.startswith(f"{head}.")
+        and not f"{name}.".startswith(f"{head}.")
         and any(ends_with(name, pattern) for pattern in patterns)
     }
     for pattern in patterns:

@@ -85,9 +85,8 @@ def _drawings(facts: Facts, scores: Scores, lines: list[Facts]) -> dict[str, tup
             ("gradient_norm_A", "Norm of A's gradient while training", "‖∂L/∂A‖"),
             ("gradient_norm_B", "Norm of B's gradient while training", "‖∂L/∂B‖"),
         ):
-            found[f"telemetry-{key}"] = (
-                alt, partial(_over_time, watched, names, key, label)
-            )  # fmt: skip
+            if key in facts["telemetry"]["measured"]:
+                found[f"telemetry-{key}"] = (alt, partial(_over_time, watched, names, key, label))
     return found
 
 

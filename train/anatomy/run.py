@@ -82,7 +82,8 @@ def check_same_start(run: Run, other: Run, flag: str) -> None:
     """
     if other.folder.resolve() == run.folder.resolve():
         raise RunError(f"{flag} {other.folder}: this is the run itself")
-    for field in ("model", "data"):
+    weights = ("seed",) if run.recipe.model.startswith("random:") else ()
+    for field in ("model", "data", "base_precision", *weights):
         ours, theirs = getattr(run.recipe, field), getattr(other.recipe, field)
         if ours != theirs:
             raise RunError(

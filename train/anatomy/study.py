@@ -202,8 +202,10 @@ def _telemetry(run: Run, lines: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not watched:
         return None
     layers = run.summary.get("adapted_layers") or list(run.layers)
+    shown = ("delta_over_weight", "effective_rank", "gradient_norm_A", "gradient_norm_B")
+    measured = [key for key in shown if key in watched[0]]  # A of LoRA-FA has no gradient
     for line in watched:
-        for key in ("delta_over_weight", "effective_rank", "gradient_norm_A", "gradient_norm_B"):
+        for key in measured:
             if not (isinstance(line.get(key), list) and len(line[key]) == len(layers)):
                 raise RunError(f"{run.folder / METRICS}: damaged: {key} is not one number for each layer")
-    return {"layers": layers, "first": watched[0], "last": watched[-1]}
+    return {"layers": layers, "measured": measured, "first": watched[0], "last": watched[-1]}
