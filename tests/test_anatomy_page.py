@@ -14,7 +14,7 @@ import torch
 from browser import CHROMIUM, Browser
 
 from train.anatomy import __main__ as command
-from train.anatomy.run import Position, load_run, position
+from train.anatomy.run import Position, check_same_start, load_run, position
 from train.anatomy.study import study
 from train.job import run_job
 from train.runs import RunError, newest_run
@@ -146,6 +146,24 @@ def test_the_change_of_a_is_measured_from_its_initial_value(recipe, tmp_path, st
     run_job("still", still, tmp_path / "still")
     for layer in load_run(tmp_path / "still").layers.values():
         assert torch.equal(layer.lora_A, layer.start_A)
+
+
+def test_runs_on_a_base_in_another_precision_do_not_start_alike(runs):
+    run, other = load_run(runs / "run"), load_run(runs / "rank")
+    check_same_start(run, other, "--against")
+    stored = dataclasses.replace(other, recipe=dataclasses.replace(other.recipe, base_precision="nf4"))
+    with pytest.raises(RunError, match="rank: its base_precision is nf4 and that of .*run is fp32"):
+        check_same_start(run, stored, "--against")
+
+
+def test_lora_fa_has_an_anatomy_without_the_gradient_of_a(recipe, tmp_path):
+    run_job("fa", dataclasses.replace(recipe, epochs=1, use_lora_fa=True), tmp_path / "fa")
+    assert command.main([str(tmp_path / "fa"), "--matrix-only"]) == 0
+    folder = tmp_path / "fa" / "anatomy"
+    assert "gradient_norm_A" not in json.loads((folder / "anatomy.json").read_text())["telemetry"]["measured"]
+    page = (folder / "report.html").read_text()
+    assert "<th>‖∂L/∂B‖, step" in page
+    assert "<th>‖∂L/∂A‖, step" not in page
 
 
 def test_an_update_without_low_rank_is_refused(recipe, tmp_path):

@@ -182,6 +182,16 @@ def test_texts_are_matched_by_digest_and_class_as_often_as_they_occur():
     assert first.keys() & second.keys() == {("d1", "a", 0), ("d1", "a", 1)}  # d3 has another class there
 
 
+def test_positions_are_no_keys_where_known_digests_differ():
+    """The rows of bbc are ordered by class, so other texts may have the same classes one by one."""
+    first, second, old = rows("d1 a a", "d2 a b"), rows("d2 a a", "d1 a a"), [Prediction("a", "a")] * 2
+    assert match([first, old])[1]
+    matched, by_position = match([first, second, old])
+    assert not by_position
+    assert matched[0].keys() == matched[1].keys() == {("d1", "a", 0), ("d2", "a", 0)}
+    assert not matched[2]
+
+
 def test_only_shared_texts_are_tested_and_their_number_is_named(tiny_recipe, tmp_path, capsys):
     folders = [
         write_run(tmp_path / "a", tiny_recipe, many(100)),

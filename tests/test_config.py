@@ -1,11 +1,13 @@
 """Recipes: read whole, checked whole, and a misspelt field names its neighbour."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from train.cli import main
 from train.config import RECIPES, Recipe, RecipeError, load_recipe, make_recipe, parse_setting
+from train.runs import write_recipe
 
 ROOT = Path(__file__).parent.parent
 NAMES = sorted(path.stem for path in RECIPES.glob("*.toml"))
@@ -21,6 +23,17 @@ def test_every_recipe_loads_and_survives_being_written(name, tmp_path):
     assert short == name
     (tmp_path / "copy.toml").write_text(recipe.to_toml())
     assert load_recipe(str(tmp_path / "copy.toml")) == ("copy", recipe)
+
+
+def test_resuming_without_an_output_resumes_the_folder_whose_recipe_it_reads(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "quickstart").mkdir(parents=True)
+    write_recipe(tmp_path / "runs" / "quickstart", "mine", Recipe(epochs=7))
+    started = []
+    monkeypatch.setattr("train.cli.run_job", lambda *given: started.append(given) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        main(["--resume"])
+    assert started == [("mine", Recipe(epochs=7), Path("runs/quickstart"), True)]
 
 
 def test_the_original_settings_are_the_original_settings():

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import pytest
+from datasets import Dataset
 
 from train.bbc import DUPLICATES, find_duplicates, read_articles
 from train.data import DataError, load_news
@@ -148,3 +149,26 @@ def test_ag_news_real_rows(ag_news_folder):
     assert len(news.train) + len(news.validation) == 18_055
     assert Counter(news.test["label"]) == {0: 1900, 1: 1900, 2: 1900, 3: 1900}
     assert news.labels == ("World", "Sports", "Business", "Sci/Tech")
+
+
+def test_a_class_that_only_validation_has_is_an_error(tmp_path):
+    train = "text,label\n" + "".join(f"b{n},b\n" for n in range(98)) + "a1,a\na2,a\n"
+    (tmp_path / "train.csv").write_text(train)
+    (tmp_path / "test.csv").write_text(train)
+    with pytest.raises(DataError, match="validation_fraction 0.95 leaves 'a' no training row"):
+        load_news(str(tmp_path), validation_fraction=0.95, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        ({"text": ["a", "b"], "label": ["x", None]}, {}, "some/news, train row 1: the label None is not one"),
+        ({"text": ["a", "b"], "label": [[0], [0, 1]]}, {}, r"train row 0: the label \[0\] is not one class"),
+        ({"text": ["a"], "label": ["x"]}, {"text": [], "label": []}, "the split 'test' has no rows"),
+    ],
+)
+def test_a_dataset_on_the_hub_that_is_no_classification_is_an_error(monkeypatch, train, test, message):
+    splits = {"train": Dataset.from_dict(train), "test": Dataset.from_dict(test or train)}
+    monkeypatch.setattr("train.data._fetch", lambda _: splits)
+    with pytest.raises(DataError, match=message):
+        load_news("some/news", validation_fraction=0.5, seed=0)

@@ -11,7 +11,7 @@ from conftest import content
 from lora import AdapterError, load_adapter
 from model import load_base
 from train.cli import main
-from train.config import RecipeError
+from train.config import Recipe, RecipeError
 from train.evaluate import evaluate
 from train.job import run_job
 from train.layers import load_layer
@@ -19,15 +19,20 @@ from train.runs import RunError
 from train.trained import load_trained
 
 SOURCE = '''
-    import torch
+    from __future__ import annotations
+    from dataclasses import dataclass
     from lora import LoRALinear
+
+    @dataclass
+    class Settings:
+        factor: int = 2
 
     class Doubled(LoRALinear):
         """ΔW is twice as large."""
 
         def __init__(self, linear, **settings):
             super().__init__(linear, **settings)
-            self.scaling *= 2
+            self.scaling *= Settings().factor
 
     class Same(LoRALinear):
         pass
@@ -72,6 +77,18 @@ def test_a_layer_of_your_own_is_trained_saved_and_evaluated(file, tiny_recipe, t
         load_trained(tmp_path / "doubled")
     assert main(["--resume", "--output", str(tmp_path / "same")]) == 2
     assert "the layer class differs" in capsys.readouterr().err
+
+
+def test_a_recipe_holds_the_absolute_path_of_its_layer(file, monkeypatch):
+    monkeypatch.chdir(file.parent)
+    assert Recipe(layer="mine.py:Same").with_absolute_paths().layer == f"{file}:Same"
+    assert Recipe(layer="mine.py").with_absolute_paths().layer == "mine.py"
+
+
+def test_a_layer_without_lora_is_an_error(file, tiny_recipe, tmp_path):
+    recipe = dataclasses.replace(tiny_recipe, method="head", layer=f"{file}:Same")
+    with pytest.raises(RecipeError, match="is a layer of LoRA, and the method is 'head'"):
+        run_job("head", recipe, tmp_path / "head")
 
 
 @pytest.mark.parametrize(

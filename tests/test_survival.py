@@ -180,6 +180,12 @@ def test_a_run_stopped_and_resumed_on_two_processes_is_the_run_on_one(recipe_fil
     assert summaries[0]["train_examples"] == summaries[1]["train_examples"] == 8 * 27
 
 
+def test_a_readers_copies_are_no_checkpoints(tmp_path):
+    for name in ("00000200", "00000400", "00000200-keep", "00000200_keep", "best"):
+        (tmp_path / f"{name}.safetensors").touch()
+    assert [path.stem for path in list_checkpoints(tmp_path)] == ["00000200", "00000400"]
+
+
 def test_a_logs_kept_lines_are_there_at_every_moment_of_being_cut(tmp_path):
     """Another process reads them just then, and a kill may come just then."""
     path = tmp_path / "metrics.jsonl"
