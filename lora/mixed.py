@@ -106,8 +106,10 @@ def _stacked(layers: Sequence[LoRALinear]) -> tuple[Tensor, Tensor]:
     most = max(len(A) for A, _ in factors)
     A = torch.stack([A if len(A) == most else F.pad(A, (0, 0, 0, most - len(A))) for A, _ in factors])
     B = torch.stack([B if len(A) == most else F.pad(B, (0, most - len(A))) for A, B in factors])
-    scaling = torch.tensor([layer.scaling for layer in layers], dtype=B.dtype, device=B.device)
-    return A, scaling[:, None, None] * B
+    # Of at least float32, as where add_product_ multiplies by a number: 16 bits would round the scaling.
+    dtype = torch.promote_types(B.dtype, torch.float32)
+    scaling = torch.tensor([layer.scaling for layer in layers], dtype=dtype, device=B.device)
+    return A, (scaling[:, None, None] * B).to(B.dtype)
 
 
 def _joined_rows(group: Mapping[Any, Tensor], size: int) -> tuple[Tensor, Tensor]:

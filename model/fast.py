@@ -53,7 +53,7 @@ def speed_up(model: PreTrainedModel, precision: str = "bf16") -> None:
         raise ValueError(f"precision: {precision!r} is not one of {', '.join(DTYPES)}")
     fuse(model, None if precision == "fp32" else DTYPES[precision])
     for module in model.modules():
-        if type(module) is nn.Dropout:
+        if type(module) is nn.Dropout and not module.inplace:
             module.__class__ = FastDropout
     model.set_attn_implementation(ATTENTION)
     head = getattr(model, "classifier", None)

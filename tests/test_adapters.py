@@ -4,6 +4,7 @@ The reference is always the same thing done with one adapter alone.
 """
 
 import copy
+import dataclasses
 import os
 import random
 
@@ -33,7 +34,7 @@ from lora import (
     unmerge,
 )
 from lora.adapted import lora_layers
-from lora.fast import copy_bytes
+from lora.fast import copy_bytes, fuse
 from lora.files import CONFIG_FILE, TENSOR_FILE
 from model import speed_up
 from train.hardware import autocast
@@ -131,6 +132,30 @@ def test_every_row_equals_the_batch_computed_with_its_adapter_alone(tmp_path, ba
             assert torch.equal(mixed[row, :classes], alone[name][row]), (names, row)
             assert (mixed[row, classes:] == -torch.inf).all()
     assert same(before, base_bytes(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transposed", [False, True])
+@torch.no_grad()
+def test_rows_are_exact_with_any_scaling_and_layout_in_16_bits(dtype, transposed):
+    """1/√7 and 3/7 are not numbers of 16 bits; x of another layout is what attention's outputs have."""
+    model = nn.Sequential(nn.Linear(64, 64)).to(dtype)
+    adapters = Adapters(model)
+    configs = {"a": LoraConfig(r=7, use_rslora=True), "b": LoraConfig(r=7, lora_alpha=3)}
+    for name, config in configs.items():
+        adapters.add(name, dataclasses.replace(config, target_modules=("0",)), seed=len(name))
+    for name in configs:
+        randomise(adapters[name].layers, 1)
+        adapters[name].layers["0"].to(dtype)
+    fuse(model.eval())
+    x = torch.randn(16, 4, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = x.transpose(0, 1) if transposed else x.transpose(0, 1).contiguous()
+    names = ["a", "b", "a", None]
+    with adapters.rows(names):
+        mixed = model(x)
+    for row, name in enumerate(names):
+        adapters.use(name)
+        assert torch.equal(mixed[row], model(x)[row]), row
 
 
 @pytest.mark.parametrize("fast", [False, True])

@@ -65,7 +65,9 @@ def test_gradcheck_in_float64(p, bias):
     assert gradcheck(function, (x, layer.lora_A, layer.lora_B))
 
 
-@pytest.mark.parametrize("shape", [(12,), (7, 12), (2, 5, 12), (2, 3, 2, 12), (0, 12), (3, 0, 12)])
+@pytest.mark.parametrize(
+    "shape", [(12,), (7, 12), (2, 5, 12), (2, 3, 2, 12), (0, 12), (3, 0, 12), (0, 5, 12)]
+)
 @pytest.mark.parametrize(("out_features", "r"), [(20, 3), (1, 1), (12, 40)])
 def test_values_and_gradients_are_those_of_the_formula(shape, out_features, r):
     fast = make_layer(out_features=out_features, r=r)
@@ -338,6 +340,19 @@ def test_dropout_scales_up_and_backward_uses_its_mask():
     out.backward(torch.ones_like(out))
     assert torch.equal(x.grad != 0, kept)
     assert x.grad.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+
+
+def test_dropout_of_everything_leaves_what_the_base_computes():
+    layer = make_layer()
+    layer.lora_dropout = 1.0
+    x = torch.randn(4, 12)
+    assert torch.equal(layer.train()(x), F.linear(x, layer.weight, layer.bias))
+
+
+def test_dropout_in_place_stays_so(model):
+    model.extra = nn.Dropout(inplace=True)
+    speed_up(model, "fp32")
+    assert type(model.extra) is nn.Dropout
 
 
 def test_dropout_costs_nothing_at_zero_and_in_eval():

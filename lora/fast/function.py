@@ -72,7 +72,7 @@ def lora_linear(
 
 def has_long_rows(x: Tensor, lora_A: Tensor) -> bool:
     """Whether x is a batch (n, L, in) with L >= r: a copy of A (r, in) for each row is no larger than x."""
-    return x.ndim == 3 and x.shape[1] >= len(lora_A)
+    return x.ndim == 3 and len(x) > 0 and x.shape[1] >= len(lora_A)
 
 
 def add_product_(h: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -175,8 +175,9 @@ def cast_shared(x: Tensor, dtype: torch.dtype) -> Tensor:
         return x
     if not torch.is_grad_enabled() or x.is_inference() or not x.untyped_storage().resizable():
         return x.to(dtype)
-    if _last_cast is not None:
-        source, version, result = _last_cast
+    last = _last_cast  # once, because the garbage collector may forget it at any moment
+    if last is not None:
+        source, version, result = last
         if (
             source() is x
             and version == x._version

@@ -52,6 +52,7 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.compute_weights()
+        x = x.contiguous()  # otherwise F.linear rounds before it adds the bias, unlike in a fused layer
         if weight is self.weight:
             return super().forward(x)
         return F.linear(cast_shared(x, weight.dtype), weight, bias)
@@ -136,8 +137,8 @@ class FastLoRALinear(LoRALinear, FastLinear):
                 add_product_(h, x.to(h.dtype), A, B, self.scaling)
                 return h
             weight, bias = self.compute_weights()
-            if can_fuse(x, weight, bias, A):
-                p = self.lora_dropout if self.training else 0.0
+            p = self.lora_dropout if self.training else 0.0
+            if p < 1 and can_fuse(x, weight, bias, A):
                 return lora_linear(x, weight, bias, A, B, self.scaling, p)
         return super().forward(x)
 

@@ -238,7 +238,7 @@ class Served:
             found["largest_difference"] = max(abs(p - q) for p, q in pairs)
         return found
 
-    def check_knobs(self, name: str, knobs: Knobs) -> None:
+    def _check_knobs(self, name: str, knobs: Knobs) -> None:
         """Raises InputError if the knobs cannot be applied to the run's adapter."""
         run = self._run(name)
         if type(knobs.scale) not in (int, float) or not -100 <= knobs.scale <= 100:
@@ -282,7 +282,7 @@ class Served:
     @contextmanager
     def _changed(self, run: ServedRun, knobs: Knobs) -> Iterator[None]:
         """Context in which the run's adapter is active and changed. The caller holds the lock."""
-        self.check_knobs(run.name, knobs)
+        self._check_knobs(run.name, knobs)
         try:
             self.adapters.use(run.name)
             with ExitStack() as changes:
