@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench import plotting, results_folder
-from bench.grid import CELLS, METHODS, RUNS, Method, Results, train_all
+from bench import plotting
+from bench.grid import METHODS, Method, open_results, train_all
 from bench.memory import in_own_process, note_on_peaks, peak_above_bare, stack_components
 from bench.paired import LORA, accuracy, compare, corrected_p, difference
 from bench.steps import (
@@ -199,7 +199,7 @@ def _accuracy(data: str, quick: bool) -> dict[str, Any]:
     stored = {p: {"base_precision": p} for p in PRECISIONS if p != "fp32"}
     changes = {**stored, FP32_PRODUCTS: {"precision": "fp32"}} if data == "bbc" else stored
     methods = [Method(name, {**lora.fields, **fields}, lora.quarter) for name, fields in changes.items()]
-    results = Results((RUNS / "quick" if quick else results_folder(resolve_device("auto"))) / CELLS)
+    results = open_results(quick)
     (reference,) = train_all(data, [lora], results, quick)
     others = train_all(data, methods, results, quick, reference.quarter)
     return compare(data, [reference, *others], (LORA,))

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from bench import results_folder
 from bench.steps import ALL_LINEAR
 from bench.training import QUICK, finish_run
 from lora.storage import write_atomically
@@ -39,7 +40,6 @@ from train.predictions import read_predictions
 from train.runs import RunError
 
 RUNS = Path("runs/variants")
-CELLS = "cells.json"
 FOLDS = 5
 SEEDS = (0, 1, 2)
 START = 3  # candidate rates to begin with
@@ -172,10 +172,16 @@ class Results:
             result = cell.run()
             with self._lock:
                 cells[cell.key] = result
-                self._file["cells"] = cells = dict(sorted(cells.items()))
+                contents = {**self._file, "cells": dict(sorted(cells.items()))}
                 self._path.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(self._path, (json.dumps(self._file, indent=1) + "\n").encode())
+                write_atomically(self._path, (json.dumps(contents, indent=1) + "\n").encode())
         return cells[cell.key]
+
+
+def open_results(quick: bool) -> Results:
+    """The results of the device, or those of quick runs. Raises RunError as Results does."""
+    folder = RUNS / "quick" if quick else results_folder(resolve_device("auto"))
+    return Results(folder / "cells.json")
 
 
 def _digest(data: str) -> str:

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import plotting, results_folder
-from bench.grid import CELLS, METHODS, RUNS, SETTINGS, Method, Results, train_all
+from bench import plotting
+from bench.grid import METHODS, SETTINGS, Method, open_results, train_all
 from bench.paired import FULL, LORA, REFERENCES, accuracy, compare, corrected_p, difference
 from bench.steps import (
     QUICK_SHAPES,
@@ -39,7 +39,7 @@ def run(quick: bool, data: str | None = None) -> dict[str, Any]:
     A quick run has the REFERENCES alone.
     """
     methods = [method for method in METHODS if not quick or method.name in REFERENCES]
-    results = Results((RUNS / "quick" if quick else results_folder(resolve_device("auto"))) / CELLS)
+    results = open_results(quick)
     sets = []
     for name in ("bbc",) if data is None else ("bbc", data):
         compared = [method for method in methods if name == "bbc" or method.on_all]

@@ -390,7 +390,6 @@ def test_every_storage_of_the_base_is_compared_at_the_rate_of_fp32(monkeypatch, 
         return {"components": parts, "peak_bytes": 3, "bare_bytes": 1, "peak_of": "steps"}
 
     monkeypatch.setattr(grid.Cell, "run", train)
-    monkeypatch.setattr(base, "RUNS", tmp_path)
     monkeypatch.setattr(grid, "RUNS", tmp_path)
     monkeypatch.setattr(grid, "_digest", str)
     monkeypatch.setattr(base, "in_own_process", peak)

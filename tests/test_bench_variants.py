@@ -190,6 +190,23 @@ def test_a_finished_cell_is_not_run_again(runs, tmp_path):
     assert [row["learning_rate"] for row in found["rows"]] == [1e-4, 3.16e-3]
 
 
+def test_a_run_keeps_the_results_that_others_have_added_meanwhile(tmp_path, monkeypatch):
+    results = Results(tmp_path / "cells.json")
+    first, second, third = (Cell("news", METHOD, METHOD.quarter, seed) for seed in SEEDS)
+
+    def run(cell):
+        if cell is first:
+            results.finish(second)
+            results.finish(third)
+        return {"part": cell.part}
+
+    monkeypatch.setattr(Cell, "run", run)
+    results.finish(first)
+    assert json.loads((tmp_path / "cells.json").read_text())["cells"] == {
+        cell.key: {"part": cell.part} for cell in (first, second, third)
+    }
+
+
 def test_results_of_other_settings_are_refused(runs, tmp_path, monkeypatch):
     path = tmp_path / "cells.json"
     Results(path).finish(Cell("news", METHOD, METHOD.quarter, 0))
