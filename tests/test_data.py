@@ -172,3 +172,9 @@ def test_a_dataset_on_the_hub_that_is_no_classification_is_an_error(monkeypatch,
     monkeypatch.setattr("train.data._fetch", lambda _: splits)
     with pytest.raises(DataError, match=message):
         load_news("some/news", validation_fraction=0.5, seed=0)
+
+
+def test_numbers_of_any_kind_are_classes_of_a_dataset_on_the_hub(monkeypatch):
+    rows = Dataset.from_dict({"text": ["a", "b", "c", "d"], "label": [0.0, 1.0, 0.0, 1.0]})
+    monkeypatch.setattr("train.data._fetch", lambda _: {"train": rows, "test": rows})
+    assert load_news("some/news", validation_fraction=0.5, seed=0).labels == ("0.0", "1.0")

@@ -244,7 +244,7 @@ def _read_hub(name: str) -> tuple[Dataset, Dataset, tuple[str, ...]]:
         labels = tuple(label.names)
     else:
         for row, value in enumerate(splits["train"]["label"]):
-            if not isinstance(value, str | int):
+            if not isinstance(value, str | int | float):
                 raise DataError(f"{name}, train row {row}: the label {value!r} is not one class")
         labels = tuple(str(value) for value in sorted(splits["train"].unique("label")))
     by_value: dict[Any, int] = {value: index for index, value in enumerate(labels)}
