@@ -121,7 +121,7 @@ class Adapters:
 
         Raises as `inject` does.
         """
-        self._add(name, config, modules or {}, lambda: inject(self.model, config, seed))
+        self._add(name, config, lambda: modules or {}, lambda: inject(self.model, config, seed))
 
     def load(
         self,
@@ -137,13 +137,13 @@ class Adapters:
         Raises as `load_adapter` does.
         """
         adapter = folder if isinstance(folder, Adapter) else read_adapter(folder)
-        self._check_unchanged()
-        with self._restored(), uninterrupted():
-            self._activate(None)  # heads start as copies of the base's
-            heads = {
+
+        def heads() -> Mapping[str, nn.Module]:
+            return {
                 head: _resized(module, head, adapter.tensors)
                 for head, module in saved_modules(self.model, adapter.config).items()
             }
+
         self._add(name, adapter.config, heads, lambda: load_adapter(self.model, adapter, check_base, layer))
         return adapter
 
@@ -232,9 +232,13 @@ class Adapters:
         return MixedModule(base, joined, sum(map(len, rows.values())), exact)
 
     def _add(
-        self, name: str, config: LoraConfig, modules: Mapping[str, nn.Module], put_in: Callable[[], object]
+        self,
+        name: str,
+        config: LoraConfig,
+        modules: Callable[[], Mapping[str, nn.Module]],
+        put_in: Callable[[], object],
     ) -> None:
-        """put_in: injects the adapter into the base, in which copies of modules_to_save have been placed."""
+        """modules: makes those to take instead of copies of the base's. put_in: injects the adapter then."""
         if not isinstance(name, str) or not name:
             raise ValueError(f"name: {name!r} is not a non-empty string")
         if name in self._named:
@@ -246,7 +250,7 @@ class Adapters:
             keys = [set(table) for table in tables]
             hooks: list[Hook] = []
             try:
-                self._place_copies(config, modules)
+                self._place_copies(config, modules())
                 put_in()
                 changed = {slot: slot.get() for slot, old in before.items() if slot.get() is not old}
                 saved = saved_modules(self.model, config)

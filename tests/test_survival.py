@@ -59,13 +59,12 @@ def start(recipe_file, folder, *flags, processes=0, **options):
 
 
 def wait_for_checkpoint(folder, process, after=0):
-    """Until there is a checkpoint of a later step than `after`. Returns its step."""
+    """Until there is a checkpoint of a later step than `after`."""
     deadline = time.monotonic() + 120
-    while (step := last_checkpoint(folder)) <= after:
+    while last_checkpoint(folder) <= after:
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    return step
 
 
 def last_checkpoint(folder):

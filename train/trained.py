@@ -41,10 +41,14 @@ class Trained:
 class TrainedAdapter:
     """An adapter's folder, read and checked, not loaded. layer: its own layer class, if it has one."""
 
-    folder: Path
     content: Adapter
     labels: tuple[str, ...]
     layer: type[MergeableLinear] | None
+
+    @property
+    def folder(self) -> Path:
+        """The adapter's folder."""
+        return self.content.folder
 
     @property
     def note(self) -> dict[str, Any]:
@@ -179,7 +183,7 @@ def read_trained_adapter(folder: Path) -> TrainedAdapter:
         raise RunError(
             f"{folder}: damaged: {len(labels)} labels in its note, {len(head)} outputs of its head"
         )
-    return TrainedAdapter(folder, content, labels, load_layer(layer))
+    return TrainedAdapter(content, labels, load_layer(layer))
 
 
 def adapter_size(folder: Path) -> int:

@@ -57,10 +57,11 @@ def check_effective_rank(step: ModuleType) -> None:
             "The sign of the sum is missing.": (p * p.log()).sum().exp(),
         }
         known = {why: each.reshape(1) for why, each in mistakes.items()}
+        what = f"effective_rank({S.tolist()})"
         if not isinstance(got, int | float):
-            expect_value(f"effective_rank({S.tolist()})", got, wanted)
-        value = torch.tensor([got], dtype=torch.float64)
-        expect(f"effective_rank({S.tolist()})", value, torch.tensor([wanted], dtype=torch.float64), known)
+            expect_value(what, got, wanted)
+        value, exact = (torch.tensor([number], dtype=torch.float64) for number in (got, wanted))
+        expect(what, value, exact, known)
 
 
 def check_cut(step: ModuleType) -> None:

@@ -9,8 +9,8 @@ so that the start changes nothing and A·x explains as much of the inputs as any
 rank of the model is given to those directions of all layers that explain the largest share of their layer's
 inputs, σᵢ²/Σσ² (section 3.3). lora_alpha follows r, so that scaling is the same in all layers.
 
-The singular vectors are eigenvectors of XᵀX, (in, in), which is summed in float64. It
-costs one forward of each batch and an eigendecomposition for each layer. Then the adapter is plain LoRA with
+The singular vectors are eigenvectors of XᵀX, (in, in), which is summed in float64. It costs one
+forward of each batch and an eigendecomposition for each layer. Then the adapter is plain LoRA with
 rank_pattern and alpha_pattern, in memory and in its folder.
 """
 
