@@ -16,6 +16,7 @@ class MyLoRALinear(MergeableLinear):
 
     adapter_tensors = ("lora_A", "lora_B")  # saved, loaded, and watched while merged
     trained_tensors = ("lora_A", "lora_B")
+    watched_settings = ("scaling",)  # numbers that the merged weight depends on, watched too
 
     def __init__(
         self,
