@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from bench.steps import make_model, memory_bytes
-from train.hardware import keep_freed_memory, peak_memory_bytes, resolve_device
+from train.hardware import keep_freed_memory, peak_memory_bytes, resolve_device, return_freed_memory
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 STEPS = 3
@@ -29,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     model = make_model(kind, model_name, int(rows), int(length), precision, device)
     components = memory_bytes(model)
     gc.collect()
+    return_freed_memory()  # such as the float32 weights that a quantised model was made from
     was_reset = _reset_peak(device)
     for _ in range(STEPS):
         model.step()

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lora.adapted import lora_layers, quantised_as
 from lora.merge import merged
 from lora.mergeable import MergeableLinear
+from lora.quantised.tensor import stored_tensors
 
 
 @dataclass
@@ -124,7 +125,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.layers = layers
         self.inputs: dict[str, tuple[Any, Any]] = {}
         self.read: set[str] = set()
-        self._names = {id(layer.weight): name for name, layer in layers.items()}
+        self._names = {id(t): name for name, layer in layers.items() for t in stored_tensors(layer.weight)}
         self._inside = 0
 
     def restart(self) -> None:

@@ -9,7 +9,7 @@ from lora.adapted import lora_config, lora_layers
 from lora.fingerprint import FLOATS
 from lora.interrupts import uninterrupted
 from lora.merge import merge as merge_model
-from lora.merge import naming
+from lora.merge import naming, refuse_shared
 from lora.mergeable import MergeableLinear
 from lora.modules import unwrap
 from lora.targets import remove_hooks
@@ -63,8 +63,9 @@ def eject(model: nn.Module, merge: bool = False, dtype: torch.dtype | None = Non
 
 def _merged_weights(model: nn.Module, dtype: torch.dtype) -> dict[MergeableLinear, Tensor]:
     """W + ΔW of each layer in `dtype`, in the layout of its weight. Raises ValueError."""
-    weights = {}
-    for name, layer in lora_layers(model).items():
+    layers, weights = lora_layers(model), {}
+    refuse_shared(model, layers)
+    for name, layer in layers.items():
         with naming(name):
             weights[layer] = layer.rounded_weight(dtype)
     return weights

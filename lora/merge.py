@@ -41,7 +41,7 @@ def merge(model: nn.Module) -> None:
             raise RuntimeError(f"{name} is merged already; unmerge the model first")
         if not layer.enabled:
             raise RuntimeError("merge inside disabled(); leave the context first")
-    _refuse_shared(model, layers)
+    refuse_shared(model, layers)
     _merge_all(layers)
 
 
@@ -72,7 +72,7 @@ def merged(model: nn.Module) -> Iterator[nn.Module]:
     layers = lora_layers(model)
     if not all(layer.enabled for layer in layers.values()):
         raise RuntimeError("merged() inside disabled(); leave the context first")
-    _refuse_shared(model, layers)
+    refuse_shared(model, layers)
     with _restored(layers):
         _merge_all({name: layer for name, layer in layers.items() if not layer.merged})
         yield model
@@ -98,8 +98,8 @@ def _check_writable(layer: MergeableLinear) -> None:
     weight = layer._parameters.get("weight")
     if weight is None:
         raise RuntimeError("the weight is not a Parameter; remove its pruning or parametrization first")
-    if quantised_as(weight):
-        why = "the weight is quantised: rounding W + ΔW would lose most of ΔW"
+    if kind := quantised_as(weight):
+        why = f"the weight is stored as {kind}: rounding W + ΔW to {kind} again would lose a part of ΔW"
         raise RuntimeError(f"{why}; use eject(model, merge=True, dtype=torch.float32)")
     if weight.is_meta:
         raise RuntimeError("the weight is on the meta device, so it has no values")
@@ -120,8 +120,8 @@ def why_not_writable(tensor: Tensor) -> str:
     return ""
 
 
-def _refuse_shared(model: nn.Module, layers: dict[str, MergeableLinear]) -> None:
-    """Merging writes to the weight in place, so it would change every tensor in the same memory."""
+def refuse_shared(model: nn.Module, layers: dict[str, MergeableLinear]) -> None:
+    """Raises RuntimeError if an adapted weight shares memory: merging would change the other tensor too."""
     spans: list[tuple[str, int, int, str, Tensor]] = []  # device, first and last byte, name, tensor
     for name, module in unique_modules(model).items():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):

@@ -57,7 +57,7 @@ def to_peft(config: LoraConfig, base: str, task_type: str | None) -> dict[str, A
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,
+        "init_lora_weights" if config.peft_type == "LORA" else "init_weights": True,
         **{key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()},
     }
 

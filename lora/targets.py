@@ -77,7 +77,9 @@ def check_saved(model: nn.Module, injection: Injection) -> None:
                 )
     for name in sorted(saved):
         for key, parameter in modules[name].named_parameters():
-            quantised = "quantised; name it in keep of quantise" if quantised_as(parameter) else ""
+            owner = modules[name].get_submodule(key.rpartition(".")[0])
+            stored = quantised_as(parameter) or getattr(owner, "stored_as", "")
+            quantised = f"stored as {stored}; name it in keep of quantise" if stored else ""
             found = quantised or why_not_writable(parameter)
             if found or not (parameter.is_floating_point() or parameter.is_complex()):
                 raise TypeError(
@@ -136,7 +138,9 @@ def all_linear(model: nn.Module) -> list[str]:
     other = [name for name, m in modules.items() if isinstance(m, nn.Linear) and m is not output]
     if other and not found:
         kind = type(modules[other[0]]).__name__
-        raise TypeError(f"target_modules: 'all-linear' finds no Linear: {other[0]} is a {kind}")
+        raise TypeError(
+            f"target_modules: 'all-linear' finds no Linear: {other[0] or 'the model'} is a {kind}"
+        )
     return found
 
 

@@ -14,11 +14,14 @@ import time
 import pytest
 import torch
 from conftest import randomise_adapter, tiny_roberta
+from torch import nn
 
 from lora import LoraConfig, disabled, eject, inject, load_adapter, merge, merged, save_adapter, unmerge
 from lora.ablate import enable_only, scaled, truncated
 from lora.adapted import has_adapter, lora_layers
 from lora.interrupts import uninterrupted
+from lora.quantised import Bf16Embedding, quantise
+from lora.quantised.tensor import QuantisedTensor
 
 CONFIG = LoraConfig(r=4, lora_alpha=8, target_modules=("query", "value"), modules_to_save=("classifier",))
 IDS = torch.arange(3, 33).reshape(3, 10)
@@ -48,7 +51,8 @@ class Target:
         return model.eval()(IDS).logits
 
     def start(self, operation):
-        model = copy.deepcopy(self.base if operation in ("inject", "load_adapter") else self.adapted)
+        fresh = operation in ("inject", "load_adapter", "quantise")
+        model = copy.deepcopy(self.base if fresh else self.adapted)
         if operation == "unmerge":
             merge(model)
         return model
@@ -56,6 +60,8 @@ class Target:
     def run(self, operation, model):
         if operation == "inject":
             inject(model, CONFIG)
+        elif operation == "quantise":
+            quantise(model, "nf4", keep=("classifier",))
         elif operation == "load_adapter":
             load_adapter(model, self.folder)
         elif operation == "save_adapter":
@@ -75,6 +81,12 @@ class Target:
 
     def check(self, operation, model):
         """The model is in one of the two states around the operation, and all later operations work."""
+        if operation == "quantise":
+            base = model.roberta
+            kinds = {isinstance(m.weight, QuantisedTensor) for m in base.modules() if type(m) is nn.Linear}
+            kinds |= {isinstance(m, Bf16Embedding) for m in base.modules() if isinstance(m, nn.Embedding)}
+            assert len(kinds) == 1
+            return
         if operation in ("merged", "disabled", "enable_only", "scaled", "truncated", "save_adapter"):
             assert torch.equal(self._logits(model), self.logits["adapted"])
         if has_adapter(model):
@@ -100,7 +112,7 @@ class Target:
 
 OPERATIONS = (
     "inject", "load_adapter", "save_adapter", "merge", "unmerge", "eject", "merged", "disabled",
-    "enable_only", "scaled", "truncated",
+    "enable_only", "scaled", "truncated", "quantise",
 )  # fmt: skip
 
 

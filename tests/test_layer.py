@@ -21,6 +21,7 @@ from train.trained import load_trained
 SOURCE = '''
     from __future__ import annotations
     from dataclasses import dataclass
+    import torch
     from lora import LoRALinear
 
     @dataclass
@@ -36,6 +37,24 @@ SOURCE = '''
 
     class Same(LoRALinear):
         pass
+
+    class Dotted(LoRALinear):
+        adapter_tensors = (*LoRALinear.adapter_tensors, "gate.weight")
+        trained_tensors = (*LoRALinear.trained_tensors, "gate.weight")
+
+        def __init__(self, linear, **settings):
+            super().__init__(linear, **settings)
+            self.gate = torch.nn.Linear(1, 1, bias=False)
+            torch.nn.init.ones_(self.gate.weight)
+
+        def forward(self, x):
+            if self.merged or not self.enabled:
+                return super().forward(x)
+            plain = torch.nn.functional.linear(x, self.weight, self.bias)
+            return plain + self.gate.weight * (super().forward(x) - plain)
+
+        def delta_weight(self):
+            return self.gate.weight.double() * super().delta_weight()
 
     class NoLayer:
         pass
@@ -53,6 +72,7 @@ def file(tmp_path):
 def test_a_layer_of_your_own_is_trained_saved_and_evaluated(file, tiny_recipe, tmp_path, capsys):
     recipe = dataclasses.replace(tiny_recipe, epochs=1)
     run_job("same", dataclasses.replace(recipe, layer=f"{file}:Same"), tmp_path / "same")
+    run_job("dotted", dataclasses.replace(recipe, layer=f"{file}:Dotted"), tmp_path / "dotted")
     run_job("doubled", dataclasses.replace(recipe, layer=f"{file}:Doubled"), tmp_path / "doubled")
     assert "ΔW = 4·B·A, and lora_alpha / r is 2" in capsys.readouterr().err
     same, doubled = (content(tmp_path / name)[0] for name in ("same", "doubled"))
@@ -86,9 +106,10 @@ def test_a_recipe_holds_the_absolute_path_of_its_layer(file, monkeypatch):
 
 
 def test_a_layer_without_lora_is_an_error(file, tiny_recipe, tmp_path):
-    recipe = dataclasses.replace(tiny_recipe, method="head", layer=f"{file}:Same")
-    with pytest.raises(RecipeError, match="is a layer of LoRA, and the method is 'head'"):
-        run_job("head", recipe, tmp_path / "head")
+    for settings in ({"layer": f"{file}:Same"}, {"use_dora": True}):
+        recipe = dataclasses.replace(tiny_recipe, method="head", **settings)
+        with pytest.raises(RecipeError, match="method: 'head' trains no LoRA layer"):
+            run_job("head", recipe, tmp_path / "head")
 
 
 @pytest.mark.parametrize(
@@ -97,7 +118,10 @@ def test_a_layer_without_lora_is_an_error(file, tiny_recipe, tmp_path):
         ("mine.py", "not of the form FILE.py:Class"),
         ("{file}:", "not of the form FILE.py:Class"),
         ("none.py:Mine", "none.py: No such file"),
-        ("{file}:Missing", r"no subclass of MergeableLinear called 'Missing'; it has \['Doubled', 'Same'\]"),
+        (
+            "{file}:Missing",
+            r"no subclass of MergeableLinear called 'Missing'; it has \['Doubled', 'Same', 'Dotted'\]",
+        ),
         ("{file}:NoLayer", "no subclass of MergeableLinear called 'NoLayer'"),
         ("{broken}:Mine", "SyntaxError: "),
     ],

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import os
+import random
 import shutil
 import signal
 
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from conftest import content, randomise_adapter, tiny_roberta
 from test_adapters import five_adapters, logits
 from test_any_model import gpt2, process_group
+from test_fuzz import damage
 from test_variant import SETTINGS, config_of, randomise
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -39,7 +41,7 @@ from lora.adapted import has_adapter, lora_layers
 from lora.check import check
 from lora.files import CONFIG_FILE, TENSOR_FILE, _from_peft_key, _to_peft_key, saved_modules
 from lora.fingerprint import difference, fingerprint
-from lora.quantised import Bf16Embedding, dequantise, quantise
+from lora.quantised import Bf16Embedding, dequantise, int8, quantise
 from lora.quantised.int8 import Int8, round_rows
 from lora.quantised.nf4 import BLOCK, LEVELS, NF4, absmax_levels
 from lora.quantised.tensor import Bf16, QuantisedTensor
@@ -91,6 +93,14 @@ def matrix(rows=48, columns=80, seed=0, scale=0.02):
 
 def autocast(enabled):
     return torch.autocast("cpu", torch.bfloat16, enabled=enabled)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def int8_products():
+    """Products in int8 on every CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(int8, "has_int8_products", lambda: True)
+        yield
 
 
 @pytest.fixture(params=STORED)
@@ -386,9 +396,9 @@ def test_merging_is_refused_and_changes_nothing(adapted, input_ids):
             pass
 
     for action in (lambda: merge(adapted), enter, lambda: eject(adapted, merge=True)):
-        with pytest.raises(RuntimeError, match="the weight is quantised: rounding .* eject"):
+        with pytest.raises(RuntimeError, match="the weight is stored as .*: rounding W . ΔW .* eject"):
             action()
-    with pytest.raises(TypeError, match="a quantised weight cannot be written to; to merge, eject"):
+    with pytest.raises(RuntimeError, match="a quantised weight cannot be written to; to merge, eject"):
         layer.merge()
     assert not any(each.merged for each in lora_layers(adapted).values())
     assert torch.equal(adapted(input_ids).logits, before)
@@ -450,9 +460,12 @@ def test_an_ejection_that_fails_changes_nothing(adapted, input_ids):
 
 @torch.no_grad()
 @pytest.mark.parametrize("mixed", [False, True])
-def test_each_row_of_a_mixed_batch_is_that_of_its_adapter_alone(adapted, mixed):
+@pytest.mark.parametrize("fast", [False, True])
+def test_each_row_of_a_mixed_batch_is_that_of_its_adapter_alone(adapted, mixed, fast):
     model = copy.deepcopy(adapted)
     eject(model)
+    if fast:
+        speed_up(model)
     adapters = five_adapters(model)
     ids = torch.randint(3, 300, (7, 9), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -512,7 +525,7 @@ def test_copies_and_moves_keep_what_is_stored_and_writes_are_errors(adapted, inp
         lambda: weight.__setitem__(0, 0), lambda: torch._foreach_mul_([floats, weight], 0.0),
         lambda: torch.mul(floats, 2, out=weight),
     ):  # fmt: skip
-        with pytest.raises(TypeError, match="a quantised weight cannot be written to"):
+        with pytest.raises(RuntimeError, match="a quantised weight cannot be written to"):
             write()
     for write in (
         copy.deepcopy(adapted).half,
@@ -535,6 +548,18 @@ def test_copies_and_moves_keep_what_is_stored_and_writes_are_errors(adapted, inp
     with pytest.raises(RuntimeError, match="a quantised weight cannot be written to"):
         model.load_state_dict(dense_state(adapted))
     assert torch.equal(adapted(input_ids).logits, before)
+
+
+@storages
+def test_what_a_dense_layer_refuses_is_refused(precision):
+    layer = nn.Linear(64, 32)
+    layer.weight = nn.Parameter(QuantisedTensor(STORED[precision].quantise(matrix(32, 64))), False)
+    with pytest.raises(RuntimeError, match=r"needs floating-point inputs, and these are torch.int64"):
+        layer(torch.ones(2, 64, dtype=torch.long))
+    y = layer(torch.ones(2, 64, requires_grad=True))
+    layer.load_state_dict(layer.state_dict())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
 
 
 @storages
@@ -574,6 +599,16 @@ def test_nf4_does_not_depend_on_the_default_dtype_or_on_subnormal_numbers():
         torch.set_flush_denormal(False)
     for name, tensor in wanted.tensors().items():
         assert torch.equal(tensor, found.tensors()[name])
+
+
+def test_a_cpu_without_int8_products_dequantises(monkeypatch):
+    monkeypatch.setattr(int8, "has_int8_products", lambda: False)
+    stored = Int8.quantise(matrix(64, 96))
+    x, g = matrix(10, 96, seed=1).bfloat16(), matrix(10, 64, seed=2).bfloat16()
+    out, weight = x.new_empty(10, 64), stored.dequantise(torch.bfloat16)
+    stored.product(x, None, out)
+    assert torch.equal(out, x @ weight.t())
+    assert torch.equal(stored.transposed_product(g), g @ weight)
 
 
 def test_sums_that_int32_cannot_hold_are_computed_in_bfloat16():
@@ -623,6 +658,25 @@ def test_an_adapter_loads_onto_its_own_base_and_no_other(adapted, input_ids, tmp
     load_adapter(base(precision), tmp_path / "c")
 
 
+@torch.no_grad()
+def test_damaged_files_are_caught_or_harmless(adapted, input_ids, tmp_path):
+    intact, folder = tmp_path / "intact", tmp_path / "damaged"
+    save_adapter(adapted, intact, base="tiny")
+    precision, wanted = adapted.get_submodule(QUERY).weight.stored.name, adapted(input_ids).logits
+    rng, target = random.Random(1), base(precision)
+    for _ in range(20):
+        shutil.copytree(intact, folder, dirs_exist_ok=True)
+        name = rng.choice((CONFIG_FILE, TENSOR_FILE))
+        (folder / name).write_bytes(damage((intact / name).read_bytes(), rng))
+        try:
+            load_adapter(target, folder)
+        except (AdapterError, FileNotFoundError):
+            assert not has_adapter(target)
+        else:
+            assert torch.equal(target(input_ids).logits, wanted)
+            target = base(precision)
+
+
 # --- what is refused ----------------------------------------------------------------------------------
 
 
@@ -661,7 +715,31 @@ def test_a_weight_that_is_not_finite_is_refused_by_name(precision, value):
     assert all(type(parameter) is nn.Parameter for parameter in model.parameters())
 
 
+@storages
+def test_a_weight_of_other_strides_is_stored_like_any_other(precision, config, tmp_path):
+    model = tiny_roberta()
+    weight = model.get_submodule(QUERY).weight.detach()
+    model.get_submodule(QUERY).weight = nn.Parameter(weight.t().contiguous().t())
+    quantise(model, precision, keep=HEAD)
+    inject(model, config)
+    save_adapter(model, tmp_path, base="tiny")
+    load_adapter(base(precision), tmp_path)
+
+
+def test_a_module_is_kept_under_any_of_its_names():
+    model = nn.ModuleDict({"up": nn.Linear(64, 64), "down": nn.Linear(64, 64)})
+    model["other"] = model["up"]
+    quantise(model, "nf4", keep=("other",))
+    kept, stored = model["up"].weight, model["down"].weight
+    assert type(kept.data) is torch.Tensor
+    assert isinstance(stored, QuantisedTensor)
+
+
 def test_what_cannot_be_quantised_is_refused_and_the_model_stays(model, config):
+    with pytest.raises(ValueError, match="the model has no linear layer or embedding to store"):
+        quantise(nn.LayerNorm(64), "nf4")
+    with pytest.raises(TypeError, match="finds no Linear: the model is a Linear"):
+        quantise(nn.Linear(64, 64), "nf4")
     with pytest.raises(ValueError, match="classifier.out_proj: .3, 32.: .* is not a multiple of 64"):
         quantise(model, "nf4")
     with pytest.raises(ValueError, match="precision: 'int4' is not one of fp32, bf16, int8, nf4"):
@@ -678,8 +756,10 @@ def test_what_cannot_be_quantised_is_refused_and_the_model_stays(model, config):
     quantise(model, "int8")
     with pytest.raises(RuntimeError, match="query is quantised already"):
         quantise(model, "nf4")
-    with pytest.raises(TypeError, match="classifier.dense.weight is quantised; name it in keep"):
+    with pytest.raises(TypeError, match="classifier.dense.weight is stored as .*; name it in keep"):
         inject(model, config)
+    with pytest.raises(TypeError, match="word_embeddings.weight is stored as bf16; name it in keep"):
+        inject(model, LoraConfig(r=4, modules_to_save=("word_embeddings",)))
     inject(model, LoraConfig(r=4, modules_to_save=()))
     for change in (lambda: quantise(model, "int8"), lambda: dequantise(model)):
         with pytest.raises(RuntimeError, match="the model has an adapter"):
@@ -752,7 +832,7 @@ def test_evaluate_predict_and_export_use_the_base_that_was_trained_on(run, tmp_p
     assert measured["delta_over_weight"] == pytest.approx(float(ratio), rel=1e-5)
     served = Served([folder])
     assert sum(served.classify("run", "a match", Knobs(-1, 1))["knobs"]) == pytest.approx(1)
-    with pytest.raises(InputError, match="the weight is quantised"):
+    with pytest.raises(InputError, match="the weight is stored as"):
         served.merge_and_unmerge("run", "a match")
     other = read_trained_adapter(folder)
     fp32 = dataclasses.replace(other, content=dataclasses.replace(other.content, metadata={}))

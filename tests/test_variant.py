@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from conftest import tiny_roberta
 from test_fuzz import damage
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
 from lora import (
@@ -392,6 +393,39 @@ def test_dora_sees_changes_of_magnitude_that_bfloat16_has_no_number_for():
     assert factor == pytest.approx(1.003, abs=5e-4)  # 8,000 roundings of 2⁻⁹, which average out
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_fresh_dora_stays_one_in_another_dtype(dtype):
+    model, x = nn.ModuleDict({"query": nn.Linear(200, 96)}), torch.randn(5, 200).to(dtype)
+    inject(model, config_of("dora", target_modules=("query",), modules_to_save=()))
+    layer = model.to(dtype)["query"]
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    with torch.no_grad():
+        layer.lora_magnitude_vector[3] *= 2
+    trained = layer.lora_magnitude_vector.clone()
+    assert torch.equal(model.to(torch.float32)["query"].lora_magnitude_vector, trained.float())
+
+
+def test_dora_forms_no_matrix_of_the_size_of_the_weight_and_one_product_with_it():
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            out = operation(*args, **(kwargs or {}))
+            outs = [each for each in torch.utils._pytree.tree_leaves(out) if isinstance(each, torch.Tensor)]
+            made.extend(
+                each for each in outs if each.shape == (20, 30) and each.data_ptr() != weight.data_ptr()
+            )
+            wide.extend(each for each in outs if each.shape == (7, 20) and operation in products)
+            return out
+
+    made, wide, products = [], [], (torch.ops.aten.addmm.default, torch.ops.aten.mm.default)
+    model = nn.ModuleDict({"query": nn.Linear(30, 20)})
+    inject(model, config_of("dora", target_modules=("query",), modules_to_save=(), lora_dropout=0.5))
+    layer, weight = model["query"].train(), model["query"].weight
+    with Watch():
+        layer(torch.randn(7, 30))
+    assert not made
+    assert len(wide) == 2  # W·x + b, and B·(A·x)
+
+
 def test_a_row_of_zeros_has_no_direction_and_stays_finite():
     layer = layer_of("dora")
     with torch.no_grad():
@@ -429,6 +463,39 @@ def test_the_layers_of_vera_share_one_pair_also_after_a_copy_and_a_move(input_id
         assert pair.vera_A.shape == (4, 64)
         assert pair.vera_B.shape == (32, 4)
         assert not any("projection" in key for key in each.state_dict())
+
+
+def test_a_merged_vera_notices_that_its_pair_has_changed():
+    model, x = nn.ModuleDict({"query": nn.Linear(12, 12)}).eval(), torch.randn(5, 12)
+    inject(model, config_of("vera", target_modules=("query",), modules_to_save=()))
+    randomise(model)
+    merge(model)
+    y = model["query"](x)
+    assert torch.equal(copy.deepcopy(model)["query"](x), y)
+    with torch.no_grad():
+        model["query"].projection.vera_B.mul_(2)
+    with pytest.raises(RuntimeError, match="changed while merged"):
+        model["query"](x)
+
+
+@pytest.mark.parametrize("variant", ["pissa", "milora"])
+def test_names_that_look_like_those_of_a_start_are_saved(variant, tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.start_proj, self.start_A = nn.Linear(8, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.start_A(self.start_proj(x))
+
+    config = config_of(variant, target_modules=("start_proj",), modules_to_save=("start_A",))
+    model, loaded, x = nn.ModuleDict({"m": Model()}), nn.ModuleDict({"m": Model()}), torch.randn(3, 8)
+    inject(model, config)
+    randomise(model)
+    save_adapter(model, tmp_path, base="tiny")
+    load_adapter(loaded, tmp_path)
+    assert torch.equal(loaded["m"](x), model["m"](x))
 
 
 def eva_batches(input_ids):
@@ -498,6 +565,10 @@ def test_eva_gives_a_layer_no_more_directions_than_its_weight_has():
 
 def test_eva_needs_batches_and_says_so(input_ids):
     model = tiny_roberta()
+    with pytest.raises(ValueError, match="init_lora_weights: 'pissa', and inject_eva"):
+        inject_eva(model, config_of("pissa"), eva_batches(input_ids))
+    with pytest.raises(ValueError, match="the ranks add up to 132, and the layers have room for 128"):
+        inject_eva(model, config_of("eva", r=33), eva_batches(input_ids))
     with pytest.raises(ValueError, match="needs batches; call inject_eva"):
         inject(model, config_of("eva"))
     with pytest.raises(ValueError, match="query: no batch has reached"):
@@ -511,6 +582,22 @@ def test_eva_needs_batches_and_says_so(input_ids):
     inject(model, config_of("dora"))
     with pytest.raises(RuntimeError, match="adapter already"):
         inject_eva(model, config_of("eva"), eva_batches(input_ids))
+
+
+def test_eva_starts_from_training_rows_alone(tiny_recipe, monkeypatch):
+    recipe = dataclasses.replace(tiny_recipe, r=4, init_lora_weights="eva")
+    news = load_news(recipe.data, recipe.validation_fraction, recipe.seed)
+    seen = []
+
+    def spy(split, *rest):
+        seen.extend(split["text"])
+        return encode(split, *rest)
+
+    monkeypatch.setattr("train.adapter.encode", spy)
+    train = news.train.map(lambda row: {"text": f"train {row['text']}"})
+    _make_model(recipe, dataclasses.replace(news, train=train))
+    assert seen
+    assert all(text.startswith("train ") for text in seen)
 
 
 def test_the_rank_of_vera_may_exceed_that_of_the_weight():

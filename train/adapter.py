@@ -16,6 +16,7 @@ from lora.quantised import quantise
 from model import HEAD
 from train.batches import batches_by_length, collate, encode
 from train.config import Recipe, RecipeError
+from train.hardware import return_freed_memory
 from train.layers import load_layer
 
 START_BATCHES = 8  # of the training rows, for a start that depends on them
@@ -27,6 +28,8 @@ def quantise_base(model: nn.Module, precision: str) -> None:
         quantise(model, precision, keep=HEAD)
     except (TypeError, ValueError) as error:
         raise RecipeError(f"base_precision: {error}") from error
+    if precision != "fp32":
+        return_freed_memory()  # of the float32 weights
 
 
 def inject_adapter(

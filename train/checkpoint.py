@@ -32,9 +32,9 @@ class CheckpointError(UserError, RuntimeError):
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of the adapters by name; empty for a model without."""
     return {
-        f"{name}.{key}": getattr(layer, key)
+        f"{name}.{key}": tensor
         for name, layer in (lora_layers(model) if has_adapter(model) else {}).items()
-        for key in layer.adapter_tensors
+        for key, tensor in layer.adapter_state().items()
     }
 
 

@@ -16,8 +16,9 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lora import ParameterCount, check_layer, count_parameters
+from lora import LoRALinear, ParameterCount, check_layer, count_parameters
 from lora.fingerprint import config_fields
+from lora.inject import layer_class
 from lora.modules import train_only
 from lora.storage import digest, write_atomically
 from model import HEAD, load_base, longest_text, speed_up
@@ -165,8 +166,9 @@ def _make_model(recipe: Recipe, news: News) -> tuple[PreTrainedModel, Any, Param
         raise RunError(
             f"max_length_tokens: {recipe.max_length_tokens}, and {recipe.model} reads {longest} at most"
         )
-    if recipe.layer and recipe.method != "lora":
-        raise RecipeError(f"layer: {recipe.layer!r} is a layer of LoRA, and the method is {recipe.method!r}")
+    if recipe.method != "lora" and (recipe.layer or layer_class(recipe.lora_config()) is not LoRALinear):
+        what = repr(recipe.layer) if recipe.layer else "a variant of LoRA"
+        raise RecipeError(f"method: {recipe.method!r} trains no LoRA layer, and the recipe asks for {what}")
     quantise_base(model, recipe.base_precision)
     if recipe.method == "lora":
         inject_adapter(model, recipe, tokenizer, lambda: news.train)

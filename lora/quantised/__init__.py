@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lora.adapted import has_adapter
 from lora.interrupts import uninterrupted
-from lora.modules import ends_with, unique_modules
+from lora.modules import modules_named, unique_modules
 from lora.quantised.int8 import Int8
 from lora.quantised.nf4 import NF4
 from lora.quantised.tensor import Bf16, QuantisedTensor, Stored
@@ -37,8 +37,8 @@ def quantise(model: nn.Module, precision: str, keep: Sequence[str] = ()) -> None
     and may have converted other parameters by then.
 
     Raises RuntimeError if the model has an adapter or is quantised, ValueError for an unknown precision, a
-    pattern of `keep` that matches nothing or a weight that cannot be stored, TypeError for a layer that is no
-    nn.Linear. The model is then unchanged.
+    pattern of `keep` that matches nothing, a weight that cannot be stored or a model without any, TypeError
+    for a layer that is no nn.Linear. The model is then unchanged.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
@@ -47,12 +47,13 @@ def quantise(model: nn.Module, precision: str, keep: Sequence[str] = ()) -> None
     if precision == "fp32":
         return
     modules = unique_modules(model)
+    kept: set[nn.Module] = set()
     for pattern in keep:
-        if not any(ends_with(name, pattern) for name in modules):
-            raise ValueError(
-                f"keep: {pattern!r} matches no module; there are {', '.join(filter(None, modules))}"
-            )
-    kept = [f"{name}." for name in modules if any(ends_with(name, pattern) for pattern in keep)]
+        found = [module for _, module in modules_named(model, pattern)]
+        if not found:
+            names = ", ".join(filter(None, modules))
+            raise ValueError(f"keep: {pattern!r} matches no module; there are {names}")
+        kept.update(*(module.modules() for module in found))
     linears = {id(modules[name]) for name in all_linear(model) if name in modules}
     uses: dict[int, int] = {}  # of each weight: a tied one stays as it is
     for module in modules.values():
@@ -61,7 +62,7 @@ def quantise(model: nn.Module, precision: str, keep: Sequence[str] = ()) -> None
     new: dict[nn.Module, nn.Parameter] = {}
     for name, module in modules.items():
         weight = module._parameters.get("weight")
-        if weight is None or f"{name}.".startswith(tuple(kept)) or uses[id(weight)] > 1:
+        if weight is None or module in kept or uses[id(weight)] > 1:
             continue
         if isinstance(weight, QuantisedTensor):
             raise RuntimeError(f"{name} is quantised already")
@@ -72,6 +73,8 @@ def quantise(model: nn.Module, precision: str, keep: Sequence[str] = ()) -> None
             new[module] = nn.Parameter(_stored(name, weight, precision), requires_grad=False)
         elif type(module) is nn.Embedding:
             new[module] = nn.Parameter(_float32(name, weight).bfloat16(), requires_grad=False)
+    if not new:
+        raise ValueError("the model has no linear layer or embedding to store")
     with uninterrupted():
         for module, weight in new.items():
             module.weight = weight
@@ -105,7 +108,7 @@ def _float32(name: str, weight: Tensor) -> Tensor:
 
 
 def _stored(name: str, weight: Tensor, precision: str) -> Tensor:
-    weight = _float32(name, weight)
+    weight = _float32(name, weight).contiguous()
     try:
         return QuantisedTensor(_ROUND[precision](weight))
     except ValueError as error:
@@ -114,6 +117,8 @@ def _stored(name: str, weight: Tensor, precision: str) -> Tensor:
 
 class Bf16Embedding(nn.Embedding):
     """An nn.Embedding whose table is bfloat16: indices (...) -> (..., D) float32."""
+
+    stored_as = "bf16"  # a reason not to train it (lora/targets.py)
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input).float()

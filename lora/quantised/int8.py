@@ -2,10 +2,10 @@
 
     W (out, in) ≈ scale (out,) ⊙ Q (out, in)        scale = max|w| / 127 of a row,  Q = round(w / scale), int8
 
-The error of a number is at most half of its row's scale, and zero stays zero.
+The error of a number is at most half of its row's scale, but for float32's own rounding. Zero stays zero.
 
-In bfloat16 on a CPU, as under autocast, the products with W are computed in int8 too, in half the time where
-the processor has int8 instructions (AVX-512 VNNI). The rows of x are rounded in the same way, x ≈ s ⊙ X, and
+In bfloat16, as under autocast, the products with W are computed in int8 too, on a CPU with instructions for
+them (VNNI), which takes half the time. The rows of x are rounded in the same way, x ≈ s ⊙ X, and
 
     x·Wᵀ ≈ s ⊙ (X·Qᵀ) ⊙ scaleᵀ        X·Qᵀ in int32, exactly
 
@@ -15,11 +15,13 @@ needs g·W, where the scales belong to the summed dimension. They are multiplied
 
     g·W ≈ t ⊙ (G·Q)        g ⊙ scaleᵀ ≈ t ⊙ G
 
-In other dtypes and on other devices W is dequantised for each product.
+which changes each number of g ⊙ scaleᵀ by at most half of the largest of its row / 127. In other dtypes, on
+other CPUs and on other devices W is dequantised for each product.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -74,7 +76,15 @@ class Int8(Stored):
 
 
 def _in_int8(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[1] <= _LONGEST
+    fits = x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.shape[1] <= _LONGEST
+    return fits and has_int8_products()
+
+
+@functools.cache
+def has_int8_products() -> bool:
+    """Whether the CPU has instructions with which a product in int8 is faster than one in bfloat16."""
+    can = torch.cpu.get_capabilities()
+    return any(can.get(feature, False) for feature in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:

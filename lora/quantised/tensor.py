@@ -23,6 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_READ_ONLY = "a quantised weight cannot be written to; to merge, eject with a dtype"
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
@@ -118,7 +120,7 @@ class QuantisedTensor(Tensor):
         if function is F.linear:
             return linear(*args, **(kwargs or {}))
         if function is Tensor.__setitem__ and isinstance(args[0], QuantisedTensor):
-            raise TypeError("a quantised weight cannot be written to; to merge, eject with a dtype")
+            raise RuntimeError(_READ_ONLY)
         if function is Tensor.share_memory_:
             raise TypeError("a quantised weight cannot be moved to shared memory")
         is_assignment = function == Tensor.data.__set__  # type: ignore[attr-defined]
@@ -159,9 +161,7 @@ class QuantisedTensor(Tensor):
             written = [value for each, value in named if each.alias_info and each.alias_info.is_write]
             written += [kwargs.get(each.name) for each in function._schema.arguments if each.is_out]
             if any(isinstance(leaf, QuantisedTensor) for leaf in torch.utils._pytree.tree_leaves(written)):
-                raise TypeError(
-                    f"{function}: a quantised weight cannot be written to; to merge, eject with a dtype"
-                )
+                raise RuntimeError(f"{function}: {_READ_ONLY}")
         args = torch.utils._pytree.tree_map_only(QuantisedTensor, lambda q: q.stored.dequantise(), args)
         kwargs = torch.utils._pytree.tree_map_only(QuantisedTensor, lambda q: q.stored.dequantise(), kwargs)
         return function(*args, **kwargs)
@@ -181,10 +181,12 @@ def stored_tensors(tensor: Tensor) -> list[Tensor]:
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear of a quantised weight: input (..., in) -> (..., out), in the autocast dtype or else its own.
 
-    Raises RuntimeError if the weight requires a gradient.
+    Raises RuntimeError if the weight requires a gradient or the input is not floating-point.
     """
     if isinstance(input, QuantisedTensor):
         input = input.stored.dequantise()
+    if not input.is_floating_point():
+        raise RuntimeError(f"a linear layer needs floating-point inputs, and these are {input.dtype}")
     if isinstance(weight, QuantisedTensor):
         if weight.requires_grad:
             raise RuntimeError("a quantised weight cannot train; call lora.quantised.dequantise(model) first")
@@ -201,7 +203,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: QuantisedTensor, bias: Tensor | None) -> Tensor:
-        ctx.stored = weight.stored  # frozen, and with no memory besides the weight's
+        ctx.save_for_backward(weight)  # as stored, so that it takes no further memory
         h = x.new_empty(*x.shape[:-1], len(weight))
         bias = None if bias is None else bias.to(x.dtype)
         weight.stored.product(x.reshape(-1, x.shape[-1]), bias, out=h.view(-1, len(weight)))
@@ -209,10 +211,11 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        (weight,) = ctx.saved_tensors
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.stored.transposed_product(rows).view(*grad.shape[:-1], ctx.stored.shape[1])
+            grad_x = weight.stored.transposed_product(rows).view(*grad.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, None, grad_bias

@@ -14,7 +14,7 @@ output of LoRA, and g = m / ‖W + ΔW‖, the output is
 
 At the start g = 1 exactly, because m and the norms are computed alike, so the output is W·x + b bit for bit.
 
-The norms need no (out, in) matrix. For a row w of W and b of B,
+The norms need no (out, in) matrix besides W in the dtype of A. For a row w of W and b of B,
 
     ‖w + s·b·A‖² = ‖w‖² + 2s·b·(A·w) + s²·b·(A·Aᵀ)·bᵀ
 
@@ -24,6 +24,7 @@ for r tokens. Dropout applies to the input of A alone, so that W·x is computed 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -60,8 +61,19 @@ class DoRALinear(LoRALinear):
         """‖W + ΔW‖ of each row, (out,), in the dtype of lora_A; a row of zeros has a tiny norm."""
         A, B, W = self.lora_A, self.lora_B, self.base_weight.to(self.lora_A.dtype)
         cross = 2 * self.scaling * (W @ A.T) + self.scaling**2 * (B @ (A @ A.T))  # (out, r)
-        squares = W.square().sum(1) + (B * cross).sum(1)
-        return squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
+        squares = torch.linalg.vector_norm(W, dim=1).square() + (B * cross).sum(1)
+        norms: Tensor = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
+        return norms
+
+    @torch.no_grad()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoRALinear:
+        # In another dtype or on another device the norms of a fresh adapter may be rounded differently.
+        m = self.lora_magnitude_vector
+        fresh = not m.is_meta and not self.lora_B.any() and torch.equal(m, self.row_norms())
+        super()._apply(fn, recurse)
+        if fresh and not self.merged:
+            self.lora_magnitude_vector.copy_(self.row_norms())
+        return self
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

@@ -41,13 +41,14 @@ def inject_eva(
     attention_mask of its batch (B, L) is 0 are left out. The model keeps the config with its new
     rank_pattern and alpha_pattern, and init_lora_weights = True.
 
-    Raises ValueError if a layer has no inputs or they are not finite, and as `inject` does. The model is then
-    unchanged.
+    Raises ValueError if the config does not ask for EVA, or a layer has no inputs or they are not finite, and
+    as `inject` does. The model is then unchanged.
     """
+    if config.init_lora_weights != "eva":
+        raise ValueError(f'init_lora_weights: {config.init_lora_weights!r}, and inject_eva starts "eva"')
     if has_adapter(model):
         raise RuntimeError("the model has an adapter already; eject it first")
-    names = [name for matched in find_targets(model, config).adapted.values() for name in matched]
-    modules: dict[str, Any] = modules_once(model, names)
+    modules: dict[str, Any] = modules_once(model, find_targets(model, config).names)
     found = input_directions(model, modules, batches)
     settings = {name: config.for_layer(name) for name in found}
     ranks = distribute(
@@ -121,13 +122,18 @@ def distribute(shares: Mapping[str, Tensor], ranks: Mapping[str, int]) -> dict[s
     """The rank of each layer, with the same sum as `ranks`, given to the directions with the largest shares.
 
     shares: of the inputs that each direction explains, descending. Each layer keeps one direction at least,
-    and gets twice its rank at most.
+    and gets twice its rank at most. Raises ValueError if the layers have too few directions.
     """
     most = {name: min(_MOST * ranks[name], len(shares[name])) for name in ranks}
+    wanted, room = sum(ranks.values()), sum(most.values())
+    if wanted > room:
+        raise ValueError(
+            f"r: the ranks add up to {wanted:,}, and the layers have room for {room:,} directions"
+        )
     candidates = [(-float(shares[name][i]), name) for name in ranks for i in range(1, most[name])]
     found = dict.fromkeys(ranks, 1)
     candidates.sort(key=lambda candidate: candidate[0])  # stable, so that ties keep the order of the layers
-    for _, name in candidates[: sum(ranks.values()) - len(ranks)]:
+    for _, name in candidates[: wanted - len(ranks)]:
         found[name] += 1
     return found
 

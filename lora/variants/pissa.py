@@ -92,12 +92,13 @@ class PiSSALinear(LoRALinear):
     @staticmethod
     def to_plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """A folder's tensors, with [A; A₀] as lora_A and [B, -B₀] as lora_B."""
-        plain = {name: tensor for name, tensor in tensors.items() if ".start_" not in name}
+        starts = (".start_A", ".start_B")
+        plain = {name: tensor for name, tensor in tensors.items() if not name.endswith(starts)}
         for name in plain:
             if name.endswith(".lora_A"):
-                plain[name] = torch.cat([plain[name], tensors[name.replace(".lora_", ".start_")]])
+                plain[name] = torch.cat([plain[name], tensors[_start_of(name)]])
             if name.endswith(".lora_B"):
-                plain[name] = torch.cat([plain[name], -tensors[name.replace(".lora_", ".start_")]], dim=1)
+                plain[name] = torch.cat([plain[name], -tensors[_start_of(name)]], dim=1)
         return plain
 
     @staticmethod
@@ -107,11 +108,16 @@ class PiSSALinear(LoRALinear):
         for name, tensor in tensors.items():
             if name.endswith(".lora_A"):
                 r = tensor.shape[0] // 2
-                found[name], found[name.replace(".lora_", ".start_")] = tensor[:r], tensor[r:]
+                found[name], found[_start_of(name)] = tensor[:r], tensor[r:]
             if name.endswith(".lora_B"):
                 r = tensor.shape[-1] // 2
-                found[name], found[name.replace(".lora_", ".start_")] = tensor[:, :r], -tensor[:, r:]
+                found[name], found[_start_of(name)] = tensor[:, :r], -tensor[:, r:]
         return found
+
+
+def _start_of(name: str) -> str:
+    """The name of the start of the tensor `name`, which ends in .lora_A or .lora_B."""
+    return f"{name[: -len('lora_A')]}start_{name[-1]}"
 
 
 class MiLoRALinear(PiSSALinear):

@@ -29,6 +29,7 @@ from lora.linear import LoRALinear
 from lora.mergeable import MergeableLinear
 from lora.validation import check_number
 
+_WATCHED = 16  # rows of the shared pair whose values are compared while a layer is merged
 _FIELDS = ("projection_prng_key", "d_initial", "save_projection")
 
 
@@ -105,6 +106,13 @@ class VeRALinear(LoRALinear):
         A, B = self._slices()
         d, b = self.vera_lambda_d.double(), self.vera_lambda_b.double()
         return self.scaling * b[:, None] * (B.double() @ (d[:, None] * A.double()))
+
+    def _watched(self) -> tuple[Tensor, ...]:
+        return (*(matrix[:_WATCHED] for matrix in self._slices()), *super()._watched())
+
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        pair = ((id(matrix), matrix._version) for matrix in self.projection.buffers())
+        return (*pair, *super()._versions())
 
     def _slices(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r): the part of the pair that the layer uses."""
