@@ -10,15 +10,18 @@ class, sorted by the hash of their text as for the prescribed split, are cut int
 dataset is trained on all of its training rows with each of SEEDS.
 
 The learning rate of a method is selected on fold 0 or seed 0: the one with the lowest validation loss, among
-rates at four per decade. The candidates are extended until the best one has a worse one on either side.
+rates at four per decade. The candidates are extended until the best one has a worse one on either side. A
+rate with which training diverges counts as worse than all others.
 """
 
 from __future__ import annotations
 
 import csv
+import fcntl
 import hashlib
 import io
 import json
+import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +34,7 @@ from tqdm import tqdm
 
 from bench import results_folder
 from bench.steps import ALL_LINEAR
-from bench.training import QUICK, finish_run
+from bench.training import QUICK, DivergedError, finish_run
 from lora.storage import write_atomically
 from train.bbc import read_bbc
 from train.data import load_news
@@ -44,12 +47,22 @@ FOLDS = 5
 SEEDS = (0, 1, 2)
 START = 3  # candidate rates to begin with
 MOST = 9  # candidate rates at most: two decades
-# The same for all methods: steps, batch, schedule, length, and the precision of products, also on a processor
-# that has none in bf16. lora_alpha too: scaling = 16/r, or 16/√r (rsLoRA).
+# The same for all methods: whatever else a recipe has that changes the result, also the precision of products
+# on a processor that has none in bf16. scaling = 16/r, or 16/√r (rsLoRA).
 SETTINGS: dict[str, Any] = {
     "model": "minilm",
     "lora_alpha": 16,
+    "lora_dropout": 0.1,
+    "base_dropout": 0.1,
+    "target_modules": ["query", "value"],
+    "weight_decay": 0.01,
+    "warmup_fraction": 0.1,
+    "label_smoothing": 0.1,
+    "max_gradient_norm": 1.0,
+    "accumulation_steps": 1,
+    "early_stopping_epochs": 0,
     "max_length_tokens": 128,
+    "base_precision": "fp32",
     "precision": "bf16",
     "telemetry": False,
 }
@@ -125,9 +138,12 @@ class Cell:
         return fields | (QUICK if self.shrunk else {})
 
     def run(self) -> dict[str, Any]:
-        """Trains, and returns the result. Raises RunError as finish_run does."""
+        """Trains, and returns the result, or {"diverged": message}. Raises RunError as finish_run does."""
         folder = RUNS / ("quick" if self.shrunk else "whole") / self.key
-        summary = finish_run("quickstart", self.settings(), folder, threads=1)
+        try:
+            summary = finish_run("quickstart", self.settings(), folder, threads=1)
+        except DivergedError as error:
+            return {"diverged": str(error)}
         bits = "".join("1" if row.correct else "0" for row in read_predictions(folder))
         return {
             **{name: summary[name] for name in KEPT},
@@ -142,20 +158,23 @@ def correct(result: Mapping[str, Any]) -> list[bool]:
 
 
 class Results:
-    """The results of cells by key, in a JSON file that is replaced whenever one is added.
+    """The results of cells by key, in a JSON file to which one is added whenever a run ends.
 
     The file also has what a key does not: the settings of all, the fields of each method, and a digest of
-    each dataset. Raises RunError if the file is of other settings.
+    each dataset. Several processes may add to it. Raises RunError if the file is of other settings.
     """
 
     def __init__(self, path: Path):
-        settings = {"all": SETTINGS, "bbc": BBC, "large": LARGE}
         self._path = path
         self._lock = threading.Lock()
-        found = json.loads(path.read_text()) if path.is_file() else {"settings": settings}
+        self._file = self._read()
+
+    def _read(self) -> dict[str, Any]:
+        settings = {"all": SETTINGS, "bbc": BBC, "large": LARGE}
+        found = json.loads(self._path.read_text()) if self._path.is_file() else {"settings": settings}
         if found["settings"] != settings:
-            raise RunError(f"{path}: measured with other settings; remove it to measure again")
-        self._file: dict[str, Any] = {"settings": settings, "methods": {}, "data": {}, "cells": {}} | found
+            raise RunError(f"{self._path}: measured with other settings; remove it to measure again")
+        return {"settings": settings, "methods": {}, "data": {}, "cells": {}, **found}
 
     def identify(self, data: str, methods: Sequence[Method]) -> None:
         """Records what `data` and `methods` are. Raises RunError if the results are of others so named."""
@@ -170,10 +189,14 @@ class Results:
         cells: dict[str, dict[str, Any]] = self._file["cells"]
         if cell.key not in cells:
             result = cell.run()
-            with self._lock:
+            for folder in (self._path.parent, RUNS):
+                folder.mkdir(parents=True, exist_ok=True)
+            with self._lock, (RUNS / "cells.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
                 cells[cell.key] = result
-                contents = {**self._file, "cells": dict(sorted(cells.items()))}
-                self._path.parent.mkdir(parents=True, exist_ok=True)
+                now = self._read()  # with what other processes have added
+                contents = {key: {**now[key], **self._file[key]} for key in now}
+                contents["cells"] = dict(sorted(contents["cells"].items()))
                 write_atomically(self._path, (json.dumps(contents, indent=1) + "\n").encode())
         return cells[cell.key]
 
@@ -185,7 +208,10 @@ def open_results(quick: bool) -> Results:
 
 
 def _digest(data: str) -> str:
-    return load_news(data, LARGE["validation_fraction"], seed=0).digest()
+    if data != "bbc":
+        return load_news(data, LARGE["validation_fraction"], seed=0).digest()
+    files = [path.read_bytes() for fold in range(FOLDS) for path in sorted((RUNS / f"fold{fold}").iterdir())]
+    return hashlib.sha256(b"".join(files)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -224,7 +250,8 @@ def train_method(
 ) -> Trained:
     """Selects the method's rate on fold or seed 0, unless `quarter` is given, and trains on all of them.
 
-    On another dataset the candidates begin around the rate that is selected on bbc.
+    On another dataset the candidates begin around the rate that is selected on bbc. Raises RunError if
+    training at the selected rate diverges on another fold or with another seed.
     """
     first = method.quarter if quarter is None else quarter
     if data != "bbc" and not shrunk and quarter is None:
@@ -236,13 +263,17 @@ def train_method(
         for candidate in range(first, last):
             if candidate not in sweep:
                 sweep[candidate] = finish(Cell(data, method, candidate, 0, shrunk))
-        best = min(sweep, key=lambda candidate: sweep[candidate]["val_loss"])
+        best = min(sweep, key=lambda candidate: sweep[candidate].get("val_loss", math.inf))
         if fixed or len(sweep) >= MOST or first < best < last - 1:
             break
         first, last = (first - 1, last) if best == first else (first, last + 1)
     tried = {Cell(data, method, candidate, 0, shrunk): sweep[candidate] for candidate in sorted(sweep)}
     cells = [Cell(data, method, best, part, shrunk) for part in parts_of(data)]
-    return Trained(method, tried, {cell: tried[cell] if cell in tried else finish(cell) for cell in cells})
+    chosen = {cell: tried[cell] if cell in tried else finish(cell) for cell in cells}
+    for cell, result in chosen.items():
+        if "diverged" in result:
+            raise RunError(f"{cell.key}: {result['diverged']}")
+    return Trained(method, tried, chosen)
 
 
 def parts_of(data: str) -> Sequence[int]:
@@ -257,8 +288,8 @@ def train_all(
 
     Raises RunError if a cell fails. This and Ctrl-C stop after the running cells.
     """
-    results.identify(data, methods)
     write_folds()  # also for another dataset, whose first rates depend on bbc
+    results.identify(data, methods)
     stopped = threading.Event()
     failed: list[RunError] = []
     rates = 1 if shrunk or quarter is not None else START
@@ -282,15 +313,15 @@ def train_all(
         pool = ThreadPoolExecutor(at_once)
         try:
             return list(pool.map(lambda m: train_method(data, m, finish, shrunk, quarter), methods))
-        except RunError:
-            raise failed[0] from None
+        except RunError as error:
+            raise (failed or [error])[0] from None
         finally:
             stopped.set()
             pool.shutdown(cancel_futures=True)
 
 
 def write_folds() -> None:
-    """Writes each fold of bbc to RUNS as a folder of CSV files, `text,label`, unless it exists."""
+    """Writes each fold of bbc to RUNS as a folder of CSV files, `text,label`."""
     parts, labels = read_bbc()
     by_label: dict[int, list[str]] = {}
     for texts, classes in parts.values():
@@ -305,11 +336,12 @@ def write_folds() -> None:
         folder = RUNS / f"fold{number}"
         train = [row for other in folds if other is not test for row in other]
         for name, rows in (("train.csv", train), ("test.csv", test)):
-            if not (folder / name).is_file():
-                file = io.StringIO()
-                csv.writer(file, lineterminator="\n").writerows([("text", "label"), *rows])
+            file = io.StringIO()
+            csv.writer(file, lineterminator="\n").writerows([("text", "label"), *rows])
+            contents = file.getvalue().encode()
+            if not (folder / name).is_file() or (folder / name).read_bytes() != contents:
                 folder.mkdir(parents=True, exist_ok=True)
-                write_atomically(folder / name, file.getvalue().encode())
+                write_atomically(folder / name, contents)
 
 
 def used_to_select() -> list[bool]:

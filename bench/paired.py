@@ -24,24 +24,34 @@ def compare(data: str, finished: Sequence[Trained], references: Sequence[str]) -
     runs = 1 if folds else len(parts_of(data))  # that classify an article
     correct = {trained.method.name: trained.correct() for trained in finished}
     rows = [_row(trained, runs, used) for trained in finished]
-    for reference in references:
-        others = [row for row in rows if row["name"] != reference and reference in correct]
-        pairs = [_difference(correct[row["name"]], correct[reference], runs) for row in others]
-        corrected = holm([pair["p"] for pair in pairs])
-        for row, pair, p in zip(others, pairs, corrected, strict=True):
-            row["against"][reference] = {**pair, "p_corrected": p}
-    cells = [cell for trained in finished for cell in (trained.sweep | trained.chosen).items()]
-    settings, result = cells[0][0].settings(), cells[0][1]
+    tested: dict[frozenset[str], float] = {}  # two references are one comparison, although two rows have it
+    for row in rows:
+        for reference in references:
+            if row["name"] != reference and reference in correct:
+                pair = _difference(correct[row["name"]], correct[reference], runs)
+                row["against"][reference] = pair
+                tested[frozenset((row["name"], reference))] = pair["p"]
+    corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
+    for row in rows:
+        for reference, pair in row["against"].items():
+            pair["p_corrected"] = corrected[frozenset((row["name"], reference))]
+    results = [result for trained in finished for result in (trained.sweep | trained.chosen).values()]
+    (first, result), *_ = finished[0].chosen.items()
+    settings = first.settings()
     return {
         "data": Path(data).name,
         "folds": folds,
         "parts": len(parts_of(data)),
         "test_articles": len(next(iter(correct.values()))),
         "used_to_select": sum(used),
-        **{key: result[key] for key in ("train_articles", "precision", "device")},
+        "train_articles": result["train_articles"],
+        **{
+            key: " or ".join(sorted({r[key] for r in results if key in r})) for key in ("precision", "device")
+        },
         **{key: settings[key] for key in ("model", "epochs", "batch_size", "max_length_tokens")},
-        "runs": len(cells),
-        "hours": sum(result["train_seconds"] for _, result in cells) / 3600,
+        "comparisons": len(tested),
+        "runs": len(results),
+        "hours": sum(result.get("train_seconds", 0) for result in results) / 3600,
         "rows": rows,
     }
 
@@ -66,8 +76,12 @@ def _row(trained: Trained, runs: int, used: list[bool]) -> dict[str, Any]:
         "by_part": [result["test_accuracy"] for result in results],
         **({"accuracy_unused": statistics.fmean(unused)} if used else {}),
         "sweep": [
-            {"learning_rate": rate(cell.quarter), "loss": run["val_loss"], "accuracy": run["val_accuracy"]}
-            for cell, run in trained.sweep.items()
+            {
+                "learning_rate": rate(cell.quarter),
+                "loss": result.get("val_loss"),  # None if it diverged
+                "accuracy": result.get("val_accuracy"),
+            }
+            for cell, result in trained.sweep.items()
         ],
         "against": {},
     }  # fmt: skip

@@ -16,6 +16,10 @@ from train.runs import CONFIG, SUMMARY, RunError, run_recipe
 QUICK = {"epochs": 1, "max_length_tokens": 16, "max_train_examples": 64}  # recipe fields for a quick run
 
 
+class DivergedError(RunError):
+    """A run that stopped because its loss or a gradient is not finite."""
+
+
 def finish_run(
     recipe: str, settings: Mapping[str, Any], folder: Path, threads: int | None = None
 ) -> dict[str, Any]:
@@ -23,7 +27,8 @@ def finish_run(
 
     threads: the number of CPU threads of the run; None leaves the choice to torch.
 
-    Raises RunError with the run's error message if it fails, or if the folder has a run of other settings.
+    Raises RunError with the run's error message if it fails, DivergedError if that is because the loss is not
+    finite, and RunError if the folder has a run of other settings.
     """
     expected = load_recipe(recipe, settings)[1].with_absolute_paths()
     if (folder / CONFIG).is_file() and run_recipe(folder).with_absolute_paths() != expected:
@@ -38,5 +43,6 @@ def finish_run(
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise RunError(f"{folder}: {lines[-1]}")
+            diverged = "loss" in lines[-1] and "is not finite" in lines[-1]
+            raise (DivergedError if diverged else RunError)(f"{folder}: {lines[-1]}")
     return dict(json.loads((folder / SUMMARY).read_text()))

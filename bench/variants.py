@@ -90,8 +90,8 @@ def table(result: dict[str, Any]) -> str:
         "Each method at its best learning rate: four rates per decade are tried on validation articles, and"
         " further ones until the best has a worse one on either side. In brackets, 95% intervals."
         " Differences are in points, paired by test article. p is from the exact sign-flip test, corrected by"
-        " Holm's method for the number of methods in the column. Intervals and tests are over test articles:"
-        " they do not cover the noise of training again."
+        " Holm's method for the number of comparisons on the dataset. Intervals and tests are over test"
+        " articles: they do not cover the noise of training again."
     )
     sets = [part for found in result["sets"] for part in _set_table(found)]
     return "\n\n".join([prose(words), *sets, *_cost_table(result)])
@@ -159,7 +159,17 @@ def conclusions(found: dict[str, Any]) -> list[str]:
         if edges
         else "Each selected rate had a worse one on either side."
     )
-    lines.append(f"{found['runs']} runs of one thread each: {found['hours']:.1f} hours of training in all.")
+    diverged = [
+        f"{row['name']} at {tried['learning_rate']:g}"
+        for row in found["rows"]
+        for tried in row["sweep"]
+        if tried["loss"] is None
+    ]
+    if diverged:
+        lines.append(f"Training diverged: {'; '.join(diverged)}.")
+    lines.append(
+        f"{found['runs']} runs of one thread each, which trained for {found['hours']:.1f} hours, added up."
+    )
     return lines
 
 
@@ -230,7 +240,7 @@ def short_table(result: dict[str, Any]) -> str:
             lines.append(cells)
     words = (
         f"{sets[0]['model']}, each method at its best learning rate: test accuracy, the difference from"
-        f" {LORA} in points with its 95% interval, and p, corrected for the number of methods."
+        f" {LORA} in points with its 95% interval, and p, corrected for the number of comparisons."
     )
     words += "".join(f" {difference_from(found, LORA)}" for found in sets)
     return "\n\n".join([markdown(lines), prose(words)])

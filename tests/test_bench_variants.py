@@ -18,7 +18,7 @@ from bench.steps import make_model, memory_bytes
 from bench.training import finish_run
 from lora import LoraConfig
 from train.bbc import read_bbc
-from train.config import load_recipe
+from train.config import RECIPES, Recipe, load_recipe
 from train.runs import CONFIG, PREDICTIONS, SUMMARY, RunError
 from train.significance import holm, mcnemar, normal_interval, sign_flip
 
@@ -191,6 +191,7 @@ def test_a_finished_cell_is_not_run_again(runs, tmp_path):
 
 
 def test_a_run_keeps_the_results_that_others_have_added_meanwhile(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "RUNS", tmp_path)
     results = Results(tmp_path / "cells.json")
     first, second, third = (Cell("news", METHOD, METHOD.quarter, seed) for seed in SEEDS)
 
@@ -240,6 +241,50 @@ def test_a_cell_that_fails_says_why(tmp_path, monkeypatch):
     assert not (tmp_path / "cells.json").exists()
 
 
+def test_a_rate_that_diverges_is_worse_than_all_others(tmp_path, monkeypatch):
+    def run(command, **_):
+        line = "error: step 9: the loss or its gradient is not finite, among the training rows 1, 2."
+        return type("Done", (), {"returncode": 2, "stderr": f"{line}\n"})
+
+    monkeypatch.setattr("bench.training.subprocess.run", run)
+    monkeypatch.setattr(grid, "RUNS", tmp_path)
+    result = Cell("bbc", METHOD, METHOD.quarter, 0).run()
+    assert "step 9: the loss or its gradient is not finite" in result["diverged"]
+
+    def finish(cell):
+        return (
+            result if cell.quarter > METHOD.quarter else {"val_loss": 0.1 * (METHOD.quarter - cell.quarter)}
+        )
+
+    trained = train_method("bbc", METHOD, finish)
+    assert (trained.quarter, trained.interior) == (METHOD.quarter, True)
+    with pytest.raises(RunError, match=r"fold3: .*step 9"):
+        train_method("bbc", METHOD, lambda cell: result if cell.part == 3 else finish(cell))
+
+
+def test_the_settings_of_the_grid_do_not_depend_on_a_recipe():
+    settings = Cell("bbc", METHOD, METHOD.quarter, 0).settings()
+    recipes = [load_recipe(path.stem, settings)[1] for path in sorted(RECIPES.glob("*.toml"))]
+    free = ("checkpoint_every_steps", "log_every_steps", "gradient_checkpointing", "deterministic")
+    fixed = {field.name: getattr(Recipe(), field.name) for field in dataclasses.fields(Recipe)}
+    assert set(fixed) - set(settings) <= {*free, "device", "max_train_examples", "layer", "use_rslora",
+        "use_dora", "use_lora_fa", "init_lora_weights", "peft_type", "loraplus_lr_ratio"}  # fmt: skip
+    for recipe in recipes:
+        for name in fixed:
+            if name not in free:
+                assert getattr(recipe, name) == getattr(recipes[0], name), name
+
+
+def test_two_processes_add_to_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "RUNS", tmp_path)
+    first, second = (Results(tmp_path / "cells.json") for _ in range(2))
+    monkeypatch.setattr(Cell, "run", lambda cell: {"part": cell.part})
+    for results, part in ((first, 0), (second, 1), (first, 2)):
+        results.finish(Cell("news", METHOD, METHOD.quarter, part))
+    cells = json.loads((tmp_path / "cells.json").read_text())["cells"]
+    assert sorted(cell["part"] for cell in cells.values()) == [0, 1, 2]
+
+
 def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
     (tmp_path / CONFIG).write_text(load_recipe("quickstart", {"epochs": 2})[1].to_toml())
     (tmp_path / SUMMARY).write_text('{"test_accuracy": 1.0}')
@@ -275,6 +320,7 @@ def test_on_bbc_all_articles_are_compared_once(folds):
         )
         return dict.fromkeys((*grid.KEPT, "train_articles"), 0) | {
             "val_loss": abs(cell.quarter - cell.method.quarter - 1), "correct": f"{int('1' + bits, 2):x}",
+            "precision": "bf16", "device": "a CPU",
         }  # fmt: skip
 
     found = compare("bbc", [train_method("bbc", BY_NAME[name], finish) for name in wrong], REFERENCES)
@@ -290,8 +336,12 @@ def test_on_bbc_all_articles_are_compared_once(folds):
         for name in (FULL, "head only")
     }
     assert head["against"][LORA]["p"] == p["head only"]
-    assert head["against"][LORA]["p_corrected"] == 2 * p["head only"]
+    # three comparisons: head with LoRA, head with full, and full with LoRA, which two rows have
+    against_full = mcnemar([False] * 100, [i >= 40 for i in range(100)])[2]
+    assert head["against"][LORA]["p_corrected"] == 3 * p["head only"]
+    assert head["against"][FULL]["p_corrected"] == 2 * against_full
     assert full["against"][LORA]["p_corrected"] == p[FULL] == 2 / 2**10
+    assert lora["against"][FULL]["p_corrected"] == p[FULL]
     assert set(lora["against"]) == {FULL}
 
 
@@ -326,7 +376,7 @@ def test_the_conclusions_name_rates_at_the_edge(result):
     found["rows"][1]["interior"] = False
     text = " ".join(variants.conclusions(found))
     assert "the best for LoRA r=8, so a better one may exist" in text
-    assert "10 runs of one thread each: 10.0 hours of training in all." in text
+    assert "10 runs of one thread each, which trained for 10.0 hours, added up." in text
 
 
 def test_tables_and_figures_are_made_from_the_json_alone(result, tmp_path):
