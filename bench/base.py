@@ -8,7 +8,6 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench import plotting
+from bench.baselines import installed
 from bench.grid import METHODS, Method, open_results, train_all
 from bench.memory import in_own_process, note_on_peaks, peak_above_bare, stack_components
 from bench.paired import LORA, accuracy, compare, corrected_p, difference
@@ -42,7 +42,6 @@ from train.tables import markdown, mebibytes, quantity
 
 PEERS = {"peft": "PEFT, fp32", "peft-nf4": "PEFT + bitsandbytes, nf4"}
 NAMES = {**{precision: precision for precision in PRECISIONS}, **PEERS}
-NEEDED = {"peft": ("peft",), "peft-nf4": ("peft", "bitsandbytes")}
 FP32_PRODUCTS = "fp32 without autocast"
 MODEL, TEXTS, LENGTH = "minilm", 32, 64  # whose layer outputs are compared, on how many articles and tokens
 
@@ -54,7 +53,7 @@ def run(quick: bool, data: str | None = None) -> dict[str, Any]:
     """
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)
-    peers = [kind for kind in PEERS if all(find_spec(package) for package in NEEDED[kind])]
+    peers = installed(PEERS)
     for missing in PEERS.keys() - set(peers):
         print(f"base: {NAMES[missing]} is not installed, so it is left out", file=sys.stderr)
     shapes = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -66,8 +66,7 @@ def with_loralib(model: Any, config: LoraConfig) -> Any:
     """The model with its target layers replaced by loralib's, as loralib's README describes."""
     import loralib
 
-    matches = find_targets(model, config).adapted.values()
-    for name in sorted(set().union(*matches)):
+    for name in sorted(set(find_targets(model, config).names)):
         base = model.get_submodule(name)
         layer = loralib.Linear(
             base.in_features,
@@ -111,19 +110,16 @@ def adapted_layer(kind: str, model: Any, name: str) -> AdaptedLayer:
 
 def head(kind: str, model: Any) -> nn.Module:
     """The trained classification head."""
-    found: nn.Module
-    if kind == "peft":
-        found = model.base_model.model.classifier.modules_to_save["default"]
-    else:
-        found = model.classifier
-    return found
+    found: nn.Module = model.classifier
+    return found.modules_to_save["default"] if kind == "peft" else found  # type: ignore[index,return-value]
 
 
 BASELINES: dict[str, Callable[[Any, LoraConfig], Any]] = {"peft": with_peft, "loralib": with_loralib}
 
 QUANTISED: dict[str, Callable[[Any, LoraConfig], Any]] = {"peft-nf4": with_peft_nf4}
+_NEEDED = {"peft": ("peft",), "loralib": ("loralib",), "peft-nf4": ("peft", "bitsandbytes")}
 
 
-def installed() -> list[str]:
-    """The baselines that are installed."""
-    return [kind for kind in BASELINES if find_spec(kind)]
+def installed(kinds: Iterable[str] = BASELINES) -> list[str]:
+    """Those of the baselines whose packages are installed."""
+    return [kind for kind in kinds if all(find_spec(package) for package in _NEEDED[kind])]

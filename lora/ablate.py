@@ -8,19 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lora.adapted import lora_layers, product_layers
+from lora.adapted import lora_layers, product_layers, unmerged
 from lora.anatomy import delta_svd
 from lora.interrupts import uninterrupted
 from lora.linear import LoRALinear
 from lora.merge import restoring
-from lora.mergeable import MergeableLinear
-
-Layer = TypeVar("Layer", bound=MergeableLinear)
 
 
 @contextmanager
@@ -29,7 +25,7 @@ def enable_only(model: nn.Module, names: Collection[str]) -> Iterator[None]:
 
     Raises RuntimeError if a layer is merged or disabled, ValueError if a name has no adapter.
     """
-    layers = _unmerged(lora_layers(model))
+    layers = unmerged(lora_layers(model))
     for name in names:
         if name not in layers:
             raise ValueError(f"{name}: not an adapted layer of this model, which has {', '.join(layers)}")
@@ -51,7 +47,7 @@ def scaled(model: nn.Module, factor: float) -> Iterator[None]:
 
     Raises RuntimeError if a layer is merged or disabled, or if its ΔW is not scaling·B·A.
     """
-    layers = _unmerged(product_layers(model))
+    layers = unmerged(product_layers(model))
     before = {name: layer.scaling for name, layer in layers.items()}
 
     def restore() -> None:
@@ -77,7 +73,7 @@ def truncated(model: nn.Module, rank: int) -> Iterator[None]:
     """
     if rank < 0:
         raise ValueError(f"rank: {rank} is negative")
-    layers = [layer for layer in _unmerged(product_layers(model)).values() if rank < len(layer.factors()[0])]
+    layers = [layer for layer in unmerged(product_layers(model)).values() if rank < len(layer.factors()[0])]
     before = {layer: {B: B.detach().clone() for B in _left_factors(layer)} for layer in layers}
     if other := next((type(layer).__name__ for layer, factors in before.items() if not factors), ""):
         raise RuntimeError(f"{other} has no tensor whose name ends in _B, so its rank cannot be lowered")
@@ -99,12 +95,3 @@ def truncated(model: nn.Module, rank: int) -> Iterator[None]:
 
 def _left_factors(layer: LoRALinear) -> list[Tensor]:
     return [getattr(layer, key) for key in layer.adapter_tensors if key.endswith("_B")]
-
-
-def _unmerged(layers: dict[str, Layer]) -> dict[str, Layer]:
-    for name, layer in layers.items():
-        if layer.merged:
-            raise RuntimeError(f"{name} is merged; unmerge the model first")
-        if not layer.enabled:
-            raise RuntimeError(f"{name} is disabled; leave the context that disabled it first")
-    return layers

@@ -14,6 +14,7 @@ from lora.mergeable import MergeableLinear
 from lora.modules import unique_modules, unwrap
 
 T = TypeVar("T")
+Layer = TypeVar("Layer", bound=MergeableLinear)
 
 
 def lora_layers(model: nn.Module) -> dict[str, MergeableLinear]:
@@ -24,6 +25,16 @@ def lora_layers(model: nn.Module) -> dict[str, MergeableLinear]:
     layers = {name: m for name, m in unique_modules(model).items() if isinstance(m, MergeableLinear)}
     if not layers:
         raise RuntimeError("the model has no adapter; inject one or load one first")
+    return layers
+
+
+def unmerged(layers: dict[str, Layer]) -> dict[str, Layer]:
+    """The layers themselves. Raises RuntimeError if one is merged or disabled."""
+    for name, layer in layers.items():
+        if layer.merged:
+            raise RuntimeError(f"{name} is merged; unmerge the model first")
+        if not layer.enabled:
+            raise RuntimeError(f"{name} is disabled; leave the context of disabled() first")
     return layers
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora.adapted import lora_layers, quantised_as
+from lora.adapted import lora_layers, quantised_as, unmerged
 from lora.merge import merged
 from lora.mergeable import MergeableLinear
 from lora.quantised.tensor import stored_tensors
@@ -50,10 +50,7 @@ def check(model: nn.Module, inputs: Any) -> Report:
 
     Raises RuntimeError if the model has no adapter, or is merged or disabled.
     """
-    layers = lora_layers(model)
-    for name, layer in layers.items():
-        if layer.merged or not layer.enabled:
-            raise RuntimeError(f"{name} is {'merged' if layer.merged else 'disabled'}; check it unmerged")
+    layers = unmerged(lora_layers(model))
     report = Report()
     modes = {module: module.training for module in model.modules()}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}  # batch normalisation changes its own

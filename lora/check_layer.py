@@ -55,7 +55,6 @@ def _make(
     dtype: torch.dtype = torch.float32,
     p: float = 0.0,
     train: bool = False,
-    seed: int = 0,
     random: bool = True,
     **settings: Any,
 ) -> MergeableLinear:
@@ -65,7 +64,7 @@ def _make(
     make: Any = layer
     settings = {"r": _R, "lora_alpha": _ALPHA, "use_rslora": False, **settings}
     made: MergeableLinear = make(
-        linear, lora_dropout=p, generator=torch.Generator().manual_seed(seed), **settings
+        linear, lora_dropout=p, generator=torch.Generator().manual_seed(0), **settings
     )
     state = made.adapter_state()
     torch.manual_seed(11)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lora.adapted import lora_config, lora_layers
+from lora.adapted import lora_config, lora_layers, unmerged
 from lora.fingerprint import FLOATS
 from lora.interrupts import uninterrupted
 from lora.merge import merge as merge_model
@@ -35,13 +35,7 @@ def eject(model: nn.Module, merge: bool = False, dtype: torch.dtype | None = Non
     if dtype not in (None, *FLOATS, torch.float64):
         raise ValueError(f"dtype: {dtype} is not float32, bfloat16, float16 or float64")
     lora_config(model)  # raises if there is none
-    for name, layer in lora_layers(model).items():
-        if layer.merged:
-            raise RuntimeError(
-                f"{name} is merged; unmerge first, then eject the model, with merge=True or not"
-            )
-        if not layer.enabled:
-            raise RuntimeError("eject inside disabled(); leave the context first")
+    for name, layer in unmerged(lora_layers(model)).items():
         if "weight" not in layer._parameters:
             raise RuntimeError(
                 f"{name}: the weight is not a Parameter; remove its pruning or parametrization"

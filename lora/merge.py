@@ -22,7 +22,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lora.adapted import lora_layers, quantised_as
+from lora.adapted import lora_layers, quantised_as, unmerged
 from lora.interrupts import uninterrupted
 from lora.mergeable import MergeableLinear
 from lora.modules import unique_modules
@@ -35,12 +35,7 @@ def merge(model: nn.Module) -> None:
     the memory of its weight with another tensor; ValueError if a merged weight is not finite. The message
     names the layer.
     """
-    layers = lora_layers(model)
-    for name, layer in layers.items():
-        if layer.merged:
-            raise RuntimeError(f"{name} is merged already; unmerge the model first")
-        if not layer.enabled:
-            raise RuntimeError("merge inside disabled(); leave the context first")
+    layers = unmerged(lora_layers(model))
     refuse_shared(model, layers)
     _merge_all(layers)
 

@@ -15,6 +15,7 @@ from transformers import RobertaConfig, RobertaForSequenceClassification
 from transformers.utils import logging
 
 from lora import LoraConfig
+from lora.fast import FastLinear
 from train.config import Recipe
 
 logging.disable_progress_bar()
@@ -24,6 +25,11 @@ NEWS = {
     "money": ["shares fell as rates rose", "the bank cut its forecast", "profits grew in the quarter"],
     "tech": ["a new phone was launched", "the software update failed", "chips power the new computer"],
 }
+
+
+def copy_bytes(model: torch.nn.Module) -> int:
+    """The memory of all copies of frozen weights that exist now, in bytes."""
+    return sum(copy.nbytes for m in model.modules() if isinstance(m, FastLinear) for copy in m.copies)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

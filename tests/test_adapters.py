@@ -10,7 +10,7 @@ import random
 
 import pytest
 import torch
-from conftest import tiny_roberta
+from conftest import copy_bytes, tiny_roberta
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -34,7 +34,7 @@ from lora import (
     unmerge,
 )
 from lora.adapted import lora_layers
-from lora.fast import copy_bytes, fuse
+from lora.fast import fuse
 from lora.files import CONFIG_FILE, TENSOR_FILE
 from model import speed_up
 from train.hardware import autocast

@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomise_adapter, tiny_roberta
+from conftest import copy_bytes, randomise_adapter, tiny_roberta
 from torch import nn
 from torch.autograd import gradcheck
 from torch.autograd.graph import saved_tensors_hooks
@@ -20,7 +20,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lora import LoraConfig, LoRALinear, eject, inject, merge, unmerge
 from lora.adapted import lora_layers
 from lora.adapters import Adapters
-from lora.fast import FastLinear, FastLoRALinear, copy_bytes, fuse
+from lora.fast import FastLinear, FastLoRALinear, fuse
 from lora.fast.dropout import _LOW_15, _mix, draw_keep, pack, unpack, zero_dropped
 from lora.fast.function import cast_shared, lora_linear
 from model import speed_up

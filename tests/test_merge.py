@@ -76,7 +76,7 @@ def test_merging_twice_and_unmerging_what_is_apart_are_errors_that_name_the_laye
         unmerge(adapted)
     merge(adapted)
     merged_weights = weights(adapted)
-    with pytest.raises(RuntimeError, match="query is merged already"):
+    with pytest.raises(RuntimeError, match="query is merged; unmerge the model first"):
         merge(adapted)
     assert same_bits(weights(adapted), merged_weights)
 
@@ -151,11 +151,11 @@ def test_disabled_is_the_base_with_the_trained_head(adapted, input_ids, start_me
 
 def test_merging_inside_disabled_is_an_error(adapted):
     with disabled(adapted):
-        with pytest.raises(RuntimeError, match="inside disabled"):
+        with pytest.raises(RuntimeError, match=r"is disabled|inside disabled"):
             merge(adapted)
-        with pytest.raises(RuntimeError, match="inside disabled"), merged(adapted):
+        with pytest.raises(RuntimeError, match=r"is disabled|inside disabled"), merged(adapted):
             pass
-        with pytest.raises(RuntimeError, match="inside disabled"):
+        with pytest.raises(RuntimeError, match=r"is disabled|inside disabled"):
             eject(adapted)
     with merged(adapted), disabled(adapted):  # the other way round is well defined
         assert not any(layer.merged for layer in lora_layers(adapted).values())
@@ -165,7 +165,7 @@ def test_injecting_and_ejecting_while_merged_are_errors(adapted, config):
     merge(adapted)
     with pytest.raises(RuntimeError, match="adapter already"):
         inject(adapted, config)
-    with pytest.raises(RuntimeError, match="unmerge first"):
+    with pytest.raises(RuntimeError, match="unmerge the model first"):
         eject(adapted)
 
 

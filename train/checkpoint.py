@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from lora.adapted import has_adapter, lora_layers
 from lora.errors import UserError
 from lora.storage import DamagedFileError, read_tensors, write_tensors
-from train.loop import Trainer
-from train.state import State
+from train.loop import State, Trainer
 
 _ENTRY = "checkpoint"
 _KEEP = 2

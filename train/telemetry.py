@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora.adapted import has_low_rank, lora_layers
 from lora.anatomy import effective_rank, singular_values_from_grams
@@ -67,14 +67,10 @@ class Telemetry:
                     found["delta_over_weight"].append(float(singular_values.norm()) / weight_norm)
                     found["effective_rank"].append(effective_rank(singular_values))
         for at, key in enumerate(self.trained):
-            found[f"gradient_norm_{key.removeprefix('lora_')}"] = _floats(gradients[at :: len(self.trained)])
+            found[f"gradient_norm_{key.removeprefix('lora_')}"] = gradients[at :: len(self.trained)].tolist()
         return found
 
 
 def watched_lines(lines: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The lines of a log that have the numbers of ΔW."""
     return [line for line in lines if "delta_over_weight" in line]
-
-
-def _floats(values: Tensor) -> list[float]:
-    return [float(value) for value in values]

@@ -1,6 +1,6 @@
 """Faster versions of nn.Linear and LoRALinear. `fuse` changes the class of a model's layers in place."""
 
 import lora.fast.variants  # noqa: F401  adds the classes of the variants
-from lora.fast.layers import FastLinear, FastLoRALinear, copy_bytes, fuse
+from lora.fast.layers import FastLinear, FastLoRALinear, fuse
 
-__all__ = ["FastLinear", "FastLoRALinear", "copy_bytes", "fuse"]
+__all__ = ["FastLinear", "FastLoRALinear", "fuse"]

@@ -175,8 +175,3 @@ def fuse(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             module.__class__ = FAST_CLASSES[type(module)]
         if isinstance(module, FastLinear):
             module.set_compute_dtype(dtype)
-
-
-def copy_bytes(model: nn.Module) -> int:
-    """The memory of all copies of frozen weights that exist now, in bytes."""
-    return sum(copy.nbytes for m in model.modules() if isinstance(m, FastLinear) for copy in m.copies)

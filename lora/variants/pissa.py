@@ -35,7 +35,8 @@ class PiSSALinear(LoRALinear):
     """An nn.Linear with a PiSSA adapter: x (..., in) -> (..., out).
 
     Differs from LoRALinear by the start of lora_A and lora_B, and by the buffers `start_A` (r, in) and
-    `start_B` (out, r), in the dtype of lora_A. Raises ValueError if r exceeds the number of singular values.
+    `start_B` (out, r), in the dtype of lora_A. Raises ValueError if r exceeds the number of singular values
+    or one of those at which the adapter would start is 0.
     """
 
     adapter_tensors = (*LoRALinear.adapter_tensors, "start_A", "start_B")
@@ -47,6 +48,10 @@ class PiSSALinear(LoRALinear):
             raise ValueError(f"r: {self.r} is more than the rank {min(self.weight.shape)} of the weight")
         U, S, Vh = torch.linalg.svd(self.base_weight.detach().double(), full_matrices=False)
         part = slice(self.r) if self.largest else slice(len(S) - self.r, None)
+        if not S.is_meta and not S[part].all():
+            raise ValueError(
+                "a singular value at which the adapter would start is 0, and would get no gradient"
+            )
         root = (S[part] / self.scaling).sqrt()
         with torch.no_grad():
             self.lora_A.copy_(root[:, None] * Vh[part])
