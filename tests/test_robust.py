@@ -446,9 +446,9 @@ def test_many_classes_and_dollar_signs_are_drawn_in_little_memory(tmp_path):
     labels = tuple(f"$x_{i}$" for i in range(430))
     scores = Scores.of(np.arange(430), np.roll(np.arange(430), 1), 430)
     history = [{"epoch": 1, "val_accuracy": 0.0, "val_loss": 1.0}]
-    draw_all(tmp_path, history, [], scores, labels)
+    draw_all(tmp_path, "$run$", history, scores, labels)
     few = Scores.of(np.arange(2), np.arange(2), 2)
-    draw_all(tmp_path, history, [], few, ("$5_$10$", "a_$b$"))
+    draw_all(tmp_path, "$run$", history, few, ("$5_$10$", "a_$b$"))
     assert all(path.stat().st_size < 2e6 for path in tmp_path.iterdir())
 
 

@@ -11,7 +11,7 @@ from train.command import CommandParser, run_command
 from train.comparison import Comparison, compare
 from train.page import data_uri, page_template
 from train.predictions import Prediction
-from train.run_figures import draw_comparison, save_comparison
+from train.run_figures import draw_curves, save_curves
 from train.runs import FIGURES, RunError
 from train.tables import excerpt, markdown
 from train.themes import draw_themes
@@ -50,10 +50,10 @@ def _print_comparison(folders: Sequence[Path], html: Path | None, figure: Path |
         figure = folders[0] / FIGURES / FIGURE
         figure.parent.mkdir(exist_ok=True)
     if figure is not None:
-        save_comparison(figure, logs)
+        save_curves(figure, logs)
         print(f"learning curves: {figure}")
     if html is not None:
-        curves = draw_themes(lambda: draw_comparison(logs))
+        curves = draw_themes(lambda: draw_curves(logs))
         write_atomically(html, _as_page(comparison, curves).encode())
         print(f"page: {html}")
 

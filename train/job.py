@@ -243,7 +243,7 @@ def _save_results(
     summary = make_summary(name, trainer, counts, scores, labels, trained_bytes)
     write_atomically(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
     try:
-        draw_all(folder / FIGURES, trainer.state.history, read_log(folder / METRICS), scores, labels)
+        draw_all(folder / FIGURES, name, read_log(folder / METRICS), scores, labels)
     except Exception as error:
         warnings.warn(f"{folder / FIGURES}: not drawn: {error!r}", stacklevel=2)
     return summary

@@ -15,56 +15,26 @@ from matplotlib.lines import Line2D
 
 from train.metrics import Scores
 from train.tables import excerpt
-from train.themes import CYCLE, GREY
+from train.themes import BLUE, CYCLE, GREEN, GREY, ORANGE
 
-_BLUE, _ORANGE, _GREEN = "#2f6db3", "#d9822b", "#3a8f5c"
 _MOST_CLASSES = 30
 
 
 def draw_all(
-    folder: Path,
-    history: Sequence[dict[str, float]],
-    lines: Sequence[dict[str, Any]],
-    scores: Scores,
-    labels: tuple[str, ...],
+    folder: Path, name: str, lines: Sequence[dict[str, Any]], scores: Scores, labels: tuple[str, ...]
 ) -> None:
-    """Writes curves.png, confusion_matrix.png and classification_report.png.
+    """Writes curves.png, confusion_matrix.png and classification_report.png of the run called `name`.
 
-    history: one row per epoch (epoch, val_accuracy, val_loss). lines: the logged steps (epoch, loss).
+    lines: of its metrics.jsonl.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in (
-        ("curves", draw_curves(history, lines)),
+    for file, figure in (
+        ("curves", draw_curves([(name, lines)])),
         ("confusion_matrix", draw_confusion(scores, labels)),
         ("classification_report", _report(scores, labels)),
     ):
-        figure.savefig(folder / f"{name}.png", dpi=140, bbox_inches="tight")
+        figure.savefig(folder / f"{file}.png", dpi=140, bbox_inches="tight")
         plt.close(figure)
-
-
-def draw_curves(
-    history: Sequence[dict[str, float]], lines: Sequence[dict[str, Any]], stacked: bool = False
-) -> Any:
-    """Accuracy and loss by epoch, side by side or stacked."""
-    shape, size = ((2, 1), (5.2, 5)) if stacked else ((1, 2), (10, 3.8))
-    figure, (left, right) = plt.subplots(*shape, figsize=size)
-    epochs = [row["epoch"] for row in history]
-    left.plot(epochs, [100 * row["val_accuracy"] for row in history], marker="o", color=_BLUE)
-    left.set(xlabel="epoch", ylabel="accuracy, %", title="Validation accuracy")
-    steps = [line for line in lines if line.get("loss") is not None]
-    right.plot(
-        [line["epoch"] for line in steps], [line["loss"] for line in steps],
-        color=_ORANGE, label="training (with label smoothing and dropout)",
-    )  # fmt: skip
-    right.plot(epochs, [row["val_loss"] for row in history], marker="o", color=_BLUE, label="validation")
-    right.set(xlabel="epoch", ylabel="cross-entropy, nats", title="Loss", ylim=(0, None))
-    right.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    left.xaxis.get_major_locator().set_params(integer=True)
-    figure.tight_layout()
-    return figure
 
 
 def draw_confusion(scores: Scores, labels: tuple[str, ...]) -> Any:
@@ -106,7 +76,7 @@ def _report(scores: Scores, labels: tuple[str, ...]) -> Any:
     figure, axes = plt.subplots(figsize=(7, 0.62 * len(rows) + 1.6))
     at = np.arange(len(rows))
     for shift, (key, color) in zip(
-        (-0.27, 0, 0.27), (("precision", _BLUE), ("recall", _ORANGE), ("f1", _GREEN)), strict=True
+        (-0.27, 0, 0.27), (("precision", BLUE), ("recall", ORANGE), ("f1", GREEN)), strict=True
     ):
         values = [row[key] for row in rows]
         axes.plot(values, at + shift, "o", color=color, label=key)
@@ -124,15 +94,15 @@ def _report(scores: Scores, labels: tuple[str, ...]) -> Any:
     return figure
 
 
-def save_comparison(path: Path, logs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> None:
-    """Writes the figure of `draw_comparison` in the format that the ending of `path` names."""
-    figure = draw_comparison(logs)
+def save_curves(path: Path, logs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> None:
+    """Writes the figure of `draw_curves` in the format that the ending of `path` names."""
+    figure = draw_curves(logs)
     figure.savefig(path, dpi=140, bbox_inches="tight")
     plt.close(figure)
 
 
-def draw_comparison(logs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Any:
-    """Accuracy and loss by epoch of several runs. logs: the name and the lines of metrics.jsonl of each."""
+def draw_curves(logs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Any:
+    """Accuracy and loss by epoch. logs: the name and the lines of metrics.jsonl of each run."""
     figure, (top, bottom) = plt.subplots(2, 1, figsize=(5.2, 6.4), sharex=True)
     for number, (name, lines) in enumerate(logs):
         style = {"color": CYCLE[number % len(CYCLE)], "marker": "os^Dv*"[number // len(CYCLE) % 6], "ms": 4}
@@ -157,6 +127,7 @@ def draw_comparison(logs: Sequence[tuple[str, Sequence[dict[str, Any]]]]) -> Any
         [Line2D([], [], color=GREY, marker="o", ms=4), Line2D([], [], color=GREY, ls=":", lw=1.3)],
         ["validation", "training (with label smoothing and dropout)"], frameon=False, fontsize=8,
     )  # fmt: skip
+    bottom.xaxis.get_major_locator().set_params(integer=True)
     for axes in (top, bottom):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -41,7 +41,7 @@ def _drawings(facts: Facts, scores: Scores, lines: list[Facts]) -> dict[str, tup
     layers: Layers = facts["layers"]
     run = facts["run"]
     found: dict[str, tuple[str, Drawing]] = {
-        "curves": ("Accuracy and loss by epoch", lambda: draw_curves(run["history"], lines, stacked=True)),
+        "curves": ("Accuracy and loss by epoch", lambda: draw_curves([(run["name"], lines)])),
         "confusion": ("Confusion matrix", lambda: draw_confusion(scores, tuple(run["labels"]))),
         "size": (
             "Size of ΔW relative to W by layer",

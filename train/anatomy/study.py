@@ -176,7 +176,7 @@ def _with_data(
 def _about(run: Run) -> dict[str, Any]:
     keys = (
         "recipe", "model", "data", "method", "seed", "precision", "device", "labels", "test_accuracy",
-        "test_macro_f1", "val_accuracy", "val_loss", "best_epoch", "epochs", "steps", "history",
+        "test_macro_f1", "val_accuracy", "val_loss", "best_epoch", "epochs", "steps",
         "lora_parameters", "head_parameters", "trainable_parameters", "total_parameters", "adapter_bytes",
         "train_seconds",
     )  # fmt: skip
