@@ -8,13 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from model import speed_up
-from train.batches import encode
 from train.command import CommandParser, run_command
 from train.config import Recipe
-from train.data import DATA_HELP, load_news
-from train.hardware import resolve_device, resolve_precision
-from train.inference import predict_logits
+from train.data import DATA_HELP
+from train.inference import TestSet
 from train.metrics import Scores
 from train.runs import CONFIG, RunError, check_finished, run_recipe
 from train.trained import load_trained
@@ -99,19 +96,11 @@ def evaluate(folder: Path, data: str | None) -> dict[str, Any]:
     """
     recipe, name = _data_of(folder, data)
     trained = load_trained(folder, text=True)
-    news = load_news(name, recipe.validation_fraction, recipe.seed)
-    if news.labels != trained.labels:
-        raise RunError(
-            f"{name}: its classes are {', '.join(news.labels)}; the model knows {', '.join(trained.labels)}"
-        )
-    device = resolve_device("auto")  # not the run's, which may be on another machine
-    precision = resolve_precision(recipe.precision, device)
-    speed_up(trained.model.to(device), precision)
-    rows = encode(news.test, trained.tokenizer, trained.max_length_tokens)
-    pad = trained.tokenizer.pad_token_id
-    logits = predict_logits(trained.model, rows, 2 * recipe.batch_size, pad, device, precision)
-    scores = Scores.of(rows.labels, logits.argmax(1).numpy(), len(news.labels))
-    return {"data": name, "labels": news.labels, "scores": scores}
+    test_set = TestSet.of(trained, recipe, name)
+    test_set.prepare(trained.model)
+    predicted = test_set.logits(trained.model).argmax(1).numpy()
+    scores = Scores.of(test_set.rows.labels, predicted, len(trained.labels))
+    return {"data": name, "labels": trained.labels, "scores": scores}
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from model import load_base, longest_text
 from train.adapter import quantise_base
 from train.batches import tokenizer_digest
 from train.config import Recipe
+from train.data import News, load_news
 from train.layers import layer_digest, load_layer
 from train.runs import ADAPTER, CONFIG, WEIGHTS, RunError, check_finished, run_recipe
 
@@ -258,3 +259,14 @@ def _check_tokenizer(tokenizer: Any, note: dict[str, Any], path: Path) -> None:
 
 def _frozen_digest(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
     return digest({name: p.detach() for name, p in model.named_parameters() if name not in trained}, {})
+
+
+def news_of(trained: Trained, recipe: Recipe, data: str | None = None) -> News:
+    """The data of a run, or other `data`. Raises DataError, RunError if its classes are not the model's."""
+    name = data or recipe.data
+    news = load_news(name, recipe.validation_fraction, recipe.seed)
+    if news.labels != trained.labels:
+        raise RunError(
+            f"{name}: its classes are {', '.join(news.labels)}; the model knows {', '.join(trained.labels)}"
+        )
+    return news

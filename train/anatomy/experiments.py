@@ -8,13 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from datasets import Dataset
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -22,14 +19,10 @@ from lora.ablate import enable_only, scaled, truncated
 from lora.adapted import product_layers
 from lora.anatomy import svd
 from lora.modules import ends_with
-from model import HEAD, speed_up
+from model import HEAD
 from train.anatomy.run import Run, position
-from train.batches import Encoded, encode
-from train.data import load_news
-from train.hardware import autocast, one_thread, resolve_device, resolve_precision
-from train.inference import predict_logits
-from train.metrics import Scores
-from train.runs import RunError
+from train.hardware import autocast, one_thread
+from train.inference import Score, TestSet
 from train.tables import duration, excerpt
 
 FACTORS = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
@@ -37,60 +30,6 @@ FULL_RANKS = (0, 1, 2, 4, 8, 16, 64)
 _EXCERPT = 420  # characters of a text that the page shows
 
 Report = Callable[[str], None]  # prints a line of progress
-Score = dict[str, float]
-
-
-@dataclass(frozen=True)
-class TestSet:
-    """The test split, encoded for a run's model, and the device and precision to score it with."""
-
-    split: Dataset
-    rows: Encoded
-    tokenizer: Any
-    batch_size: int
-    max_length_tokens: int
-    device: torch.device
-    precision: str
-
-    @classmethod
-    def of(cls, run: Run) -> TestSet:
-        """The test split of the run's data. Raises DataError if it cannot be loaded, RunError."""
-        recipe, trained = run.recipe, run.trained
-        if trained.tokenizer is None:
-            raise RunError(f"{run.folder}: its base model comes without a tokenizer")
-        device = resolve_device("auto")  # not the run's, which may be on another machine
-        news = load_news(recipe.data, recipe.validation_fraction, recipe.seed)
-        if news.labels != trained.labels:
-            raise RunError(f"{recipe.data}: its classes are {', '.join(news.labels)}, not the model's")
-        rows = encode(news.test, trained.tokenizer, trained.max_length_tokens)
-        return cls(
-            split=news.test,
-            rows=rows,
-            tokenizer=trained.tokenizer,
-            batch_size=2 * recipe.batch_size,
-            max_length_tokens=trained.max_length_tokens,
-            device=device,
-            precision=resolve_precision(recipe.precision, device),
-        )
-
-    def prepare(self, model: Any) -> None:
-        """Moves a model to the device and speeds it up in the precision."""
-        speed_up(model.to(self.device), self.precision)
-
-    def logits(self, model: nn.Module) -> Tensor:
-        """(rows, classes) float32."""
-        pad = self.tokenizer.pad_token_id
-        return predict_logits(model, self.rows, self.batch_size, pad, self.device, self.precision)
-
-    def score(self, model: nn.Module) -> Score:
-        """Accuracy, and mean cross-entropy in nats, which changes before any prediction does."""
-        return score(self.logits(model), self.rows.labels)
-
-
-def score(logits: Tensor, labels: np.ndarray) -> Score:
-    """Accuracy and mean cross-entropy of logits (rows, classes)."""
-    accuracy = Scores.of(labels, logits.argmax(1).numpy(), logits.shape[1]).accuracy
-    return {"accuracy": accuracy, "loss": float(F.cross_entropy(logits.double(), torch.from_numpy(labels)))}
 
 
 def run_experiments(model: nn.Module, test_set: TestSet, whole: Score, report: Report) -> dict[str, Any]:

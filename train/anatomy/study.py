@@ -12,7 +12,7 @@ import numpy as np
 from lora.errors import first_line
 from lora.storage import write_atomically
 from model.packages import DataPackageMissingError
-from train.anatomy.experiments import Report, TestSet, mistakes, run_experiments, score, trace, truncate_full
+from train.anatomy.experiments import Report, mistakes, run_experiments, trace, truncate_full
 from train.anatomy.measure import (
     EPSILON,
     TOP,
@@ -26,6 +26,7 @@ from train.anatomy.page_figures import draw_figures
 from train.anatomy.run import Run, check_same_start, load_run, middle_layers, short_name
 from train.data import DataError
 from train.hardware import one_thread
+from train.inference import TestSet, score
 from train.metrics import Scores
 from train.page import data_uri, page_template
 from train.runs import METRICS, RunError, read_log
@@ -119,7 +120,7 @@ def _has_scores(path: Path) -> bool:
 
 def _test_set(run: Run, report: Report) -> TestSet | None:
     try:
-        return TestSet.of(run)
+        return TestSet.of(run.trained, run.recipe)
     except (DataError, DataPackageMissingError, RunError) as error:
         report(f"matrix parts only, because the data cannot be loaded: {first_line(error)}")
         return None

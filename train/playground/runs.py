@@ -14,11 +14,10 @@ from lora.anatomy import delta_svd
 from lora.mergeable import MergeableLinear
 from train.batches import Encoded, encode
 from train.config import Recipe
-from train.data import load_news
 from train.hardware import one_thread
 from train.predictions import read_predictions, text_digest
-from train.runs import PREDICTIONS, RunError
-from train.trained import Trained
+from train.runs import PREDICTIONS
+from train.trained import Trained, news_of
 
 _SAMPLE = 64  # validation articles at most, so that two cores classify them in less than three seconds
 
@@ -66,9 +65,7 @@ def make_served_run(
 
     The measures are computed as in train/anatomy/measure.py.
     """
-    news = load_news(recipe.data, recipe.validation_fraction, recipe.seed)
-    if news.labels != trained.labels:
-        raise RunError(f"{recipe.data}: its classes are {', '.join(news.labels)}, not those of {folder}")
+    news = news_of(trained, recipe)
     size = min(len(news.validation), _SAMPLE)
     sample = news.validation.select(np.linspace(0, len(news.validation) - 1, size).astype(int))
     spectra, sizes = {}, {}
