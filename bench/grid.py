@@ -161,7 +161,8 @@ class Results:
     """The results of cells by key, in a JSON file to which one is added whenever a run ends.
 
     The file also has what a key does not: the settings of all, the fields of each method, and a digest of
-    each dataset. Several processes may add to it. Raises RunError if the file is of other settings.
+    each dataset. Several processes may add to it, each with cells of its own. Raises RunError if the file is
+    of other settings.
     """
 
     def __init__(self, path: Path):
@@ -179,10 +180,13 @@ class Results:
     def identify(self, data: str, methods: Sequence[Method]) -> None:
         """Records what `data` and `methods` are. Raises RunError if the results are of others so named."""
         fields = {method.name: json.loads(json.dumps(method.fields)) for method in methods}
-        for kind, described in (("methods", fields), ("data", {Path(data).name: _digest(data)})):
-            for name, description in described.items():
-                if self._file[kind].setdefault(name, description) != description:
-                    raise RunError(f"{self._path}: its results are of another {name}; remove them")
+        self._agree("methods", fields)
+        self._agree("data", {Path(data).name: _digest(data)})
+
+    def _agree(self, kind: str, described: Mapping[str, Any]) -> None:
+        for name, description in described.items():
+            if self._file[kind].setdefault(name, description) != description:
+                raise RunError(f"{self._path}: its results are of another {name}; remove them")
 
     def finish(self, cell: Cell) -> dict[str, Any]:
         """The result of the cell, which is run if it has none. Raises RunError as finish_run does."""
@@ -195,6 +199,8 @@ class Results:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 cells[cell.key] = result
                 now = self._read()  # with what other processes have added
+                for kind in ("methods", "data"):
+                    self._agree(kind, now[kind])
                 contents = {key: {**now[key], **self._file[key]} for key in now}
                 contents["cells"] = dict(sorted(contents["cells"].items()))
                 write_atomically(self._path, (json.dumps(contents, indent=1) + "\n").encode())
@@ -210,8 +216,8 @@ def open_results(quick: bool) -> Results:
 def _digest(data: str) -> str:
     if data != "bbc":
         return load_news(data, LARGE["validation_fraction"], seed=0).digest()
-    files = [path.read_bytes() for fold in range(FOLDS) for path in sorted((RUNS / f"fold{fold}").iterdir())]
-    return hashlib.sha256(b"".join(files)).hexdigest()
+    names = [RUNS / f"fold{fold}" / name for fold in range(FOLDS) for name in ("test.csv", "train.csv")]
+    return hashlib.sha256(b"".join(name.read_bytes() for name in names)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -250,8 +256,8 @@ def train_method(
 ) -> Trained:
     """Selects the method's rate on fold or seed 0, unless `quarter` is given, and trains on all of them.
 
-    On another dataset the candidates begin around the rate that is selected on bbc. Raises RunError if
-    training at the selected rate diverges on another fold or with another seed.
+    On another dataset the candidates begin around the rate that is selected on bbc. A rate with which
+    training diverges on another fold or with another seed is not selected. Raises RunError if none is left.
     """
     first = method.quarter if quarter is None else quarter
     if data != "bbc" and not shrunk and quarter is None:
@@ -264,16 +270,18 @@ def train_method(
             if candidate not in sweep:
                 sweep[candidate] = finish(Cell(data, method, candidate, 0, shrunk))
         best = min(sweep, key=lambda candidate: sweep[candidate].get("val_loss", math.inf))
-        if fixed or len(sweep) >= MOST or first < best < last - 1:
-            break
-        first, last = (first - 1, last) if best == first else (first, last + 1)
-    tried = {Cell(data, method, candidate, 0, shrunk): sweep[candidate] for candidate in sorted(sweep)}
-    cells = [Cell(data, method, best, part, shrunk) for part in parts_of(data)]
-    chosen = {cell: tried[cell] if cell in tried else finish(cell) for cell in cells}
-    for cell, result in chosen.items():
-        if "diverged" in result:
-            raise RunError(f"{cell.key}: {result['diverged']}")
-    return Trained(method, tried, chosen)
+        if not (fixed or len(sweep) >= MOST or first < best < last - 1):
+            first, last = (first - 1, last) if best == first else (first, last + 1)
+            continue
+        tried = {Cell(data, method, candidate, 0, shrunk): sweep[candidate] for candidate in sorted(sweep)}
+        cells = [Cell(data, method, best, part, shrunk) for part in parts_of(data)]
+        chosen = {cell: tried[cell] if cell in tried else finish(cell) for cell in cells}
+        diverged = next((result for result in chosen.values() if "diverged" in result), None)
+        if diverged is None:
+            return Trained(method, tried, chosen)
+        if fixed or "diverged" in sweep[best]:
+            raise RunError(f"{cells[0].key}: training diverges at every rate: {diverged['diverged']}")
+        sweep[best] = diverged
 
 
 def parts_of(data: str) -> Sequence[int]:

@@ -44,10 +44,8 @@ def compare(data: str, finished: Sequence[Trained], references: Sequence[str]) -
         "parts": len(parts_of(data)),
         "test_articles": len(next(iter(correct.values()))),
         "used_to_select": sum(used),
-        "train_articles": result["train_articles"],
-        **{
-            key: " or ".join(sorted({r[key] for r in results if key in r})) for key in ("precision", "device")
-        },
+        **{key: result[key] for key in ("train_articles", "precision")},
+        "device": " or ".join(sorted({each["device"] for each in results if "device" in each})),
         **{key: settings[key] for key in ("model", "epochs", "batch_size", "max_length_tokens")},
         "comparisons": len(tested),
         "runs": len(results),

@@ -34,7 +34,7 @@ def unmerged(layers: dict[str, Layer]) -> dict[str, Layer]:
         if layer.merged:
             raise RuntimeError(f"{name} is merged; unmerge the model first")
         if not layer.enabled:
-            raise RuntimeError(f"{name} is disabled; leave the context of disabled() first")
+            raise RuntimeError(f"{name} is disabled; leave the context that disabled it first")
     return layers
 
 

@@ -122,7 +122,11 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.layers = layers
         self.inputs: dict[str, tuple[Any, Any]] = {}
         self.read: set[str] = set()
-        self._names = {id(t): name for name, layer in layers.items() for t in stored_tensors(layer.weight)}
+        self._names = {
+            id(tensor): name
+            for name, layer in layers.items()
+            for tensor in (layer.weight, *stored_tensors(layer.weight))
+        }
         self._inside = 0
 
     def restart(self) -> None:

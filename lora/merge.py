@@ -141,7 +141,7 @@ def refuse_shared(model: nn.Module, layers: dict[str, MergeableLinear]) -> None:
         if span[0] == widest[0] and span[1] < widest[2]:
             if span[4] in weights or widest[4] in weights:
                 raise RuntimeError(
-                    f"{widest[3]} and {span[3]} share one weight or a part of it; merging would change both"
+                    f"{widest[3]} and {span[3]} share one weight or a part of it, which differ after merging"
                 )
             widest = max(widest, span, key=lambda each: each[2])
         else:

@@ -14,13 +14,12 @@ import torch
 from lora.errors import UserError
 from lora.storage import digest
 from model import speed_up
-from train import predict
+from train import inference, predict
 from train.anatomy.experiments import run_experiments
 from train.anatomy.measure import decompose_bases, measure
 from train.anatomy.run import load_run
 from train.evaluate import evaluate
 from train.hardware import autocast
-from train.inference import TestSet, score
 from train.job import run_job
 from train.playground import __main__ as command
 from train.playground import page
@@ -110,9 +109,9 @@ def probabilities_alone(folder, texts, precision):
 
 def test_scores_are_those_of_evaluate_and_of_the_anatomy(served, folders):
     run = load_run(folders / "one")
-    test_set = TestSet.of(run.trained, run.recipe)
+    test_set = inference.TestSplit.of(run.trained, run.recipe)
     test_set.prepare(run.trained.model)
-    whole = score(test_set.logits(run.trained.model), test_set.rows.labels)
+    whole = inference.score(test_set.logits(run.trained.model), test_set.rows.labels)
     facts = run_experiments(run.trained.model, test_set, whole, lambda message: None)
 
     def accuracy(knobs):

@@ -618,6 +618,37 @@ def test_sums_that_int32_cannot_hold_are_computed_in_bfloat16():
     assert out.item() == pytest.approx(140_000, rel=2**-8)
 
 
+@storages
+@pytest.mark.parametrize("read", [lambda x, w: F.linear(x, w), lambda x, w: x @ w.t()])
+def test_the_check_of_a_model_finds_a_module_that_reads_a_stored_weight(precision, read):
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(64, 64), nn.Linear(64, 64)
+
+        def forward(self, x):
+            return read(self.down(self.up(x)), dict(self.named_modules())["up"].weight)
+
+    model = Reader()
+    quantise(model, precision)
+    inject(model, LoraConfig(r=4, target_modules=("up", "down"), modules_to_save=()))
+    problems = check(model, {"x": torch.randn(3, 64)}).problems
+    assert any("up" in problem and "read" in problem for problem in problems), problems
+
+
+@storages
+def test_hooks_for_saved_tensors_may_return_a_dense_weight(precision):
+    stored = STORED[precision].quantise(matrix(32, 64))
+    x = matrix(5, 64, seed=1).requires_grad_()
+    with torch.autograd.graph.save_on_cpu():
+        y = F.linear(x, QuantisedTensor(stored))
+    (found,) = torch.autograd.grad(y.sum(), x)
+    with saved_tensors_hooks(lambda t: t + 0, lambda t: t):
+        y = F.linear(x, QuantisedTensor(stored))
+    (dense,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(found, dense)
+
+
 def test_the_check_of_a_model_accepts_a_quantised_base(adapted, input_ids):
     report = check(adapted, {"input_ids": input_ids})
     assert report

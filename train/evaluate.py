@@ -11,7 +11,7 @@ from typing import Any
 from train.command import CommandParser, run_command
 from train.config import Recipe
 from train.data import DATA_HELP
-from train.inference import TestSet
+from train.inference import TestSplit
 from train.metrics import Scores
 from train.runs import CONFIG, RunError, check_finished, run_recipe
 from train.trained import load_trained
@@ -96,7 +96,7 @@ def evaluate(folder: Path, data: str | None) -> dict[str, Any]:
     """
     recipe, name = _data_of(folder, data)
     trained = load_trained(folder, text=True)
-    test_set = TestSet.of(trained, recipe, name)
+    test_set = TestSplit.of(trained, recipe, name)
     test_set.prepare(trained.model)
     predicted = test_set.logits(trained.model).argmax(1).numpy()
     scores = Scores.of(test_set.rows.labels, predicted, len(trained.labels))

@@ -17,6 +17,7 @@ from train.config import Recipe
 from train.distributed import SINGLE_PROCESS, World
 from train.hardware import autocast, resolve_device, resolve_precision
 from train.metrics import Scores
+from train.runs import RunError
 from train.trained import Trained, news_of
 
 Score = dict[str, float]
@@ -64,7 +65,7 @@ def batch_logits(
 
 
 @dataclass(frozen=True)
-class TestSet:
+class TestSplit:
     """The test split, encoded for a run's model, and the device and precision to score it with."""
 
     split: Dataset
@@ -76,8 +77,10 @@ class TestSet:
     precision: str
 
     @classmethod
-    def of(cls, trained: Trained, recipe: Recipe, data: str | None = None) -> TestSet:
-        """The test split of a run's data, or of other `data`. Raises as `news_of` does."""
+    def of(cls, trained: Trained, recipe: Recipe, data: str | None = None) -> TestSplit:
+        """The test split of a run's data, or of other `data`. Raises DataError, RunError."""
+        if trained.tokenizer is None:
+            raise RunError("the base model comes without a tokenizer, so it cannot read texts")
         news = news_of(trained, recipe, data)
         device = resolve_device("auto")  # not the run's, which may be on another machine
         return cls(

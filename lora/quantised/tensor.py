@@ -215,7 +215,9 @@ class _Linear(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = weight.stored.transposed_product(rows).view(*grad.shape[:-1], weight.shape[1])
+            stored = isinstance(weight, QuantisedTensor)  # hooks for saved tensors may return a dense one
+            product = weight.stored.transposed_product(rows) if stored else rows @ weight.to(rows.dtype)
+            grad_x = product.view(*grad.shape[:-1], weight.shape[1])
         if ctx.needs_input_grad[2]:
             grad_bias = rows.sum(0)
         return grad_x, None, grad_bias

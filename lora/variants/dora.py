@@ -59,7 +59,7 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def row_norms(self) -> Tensor:
         """‖W + ΔW‖ of each row, (out,), in the dtype of lora_A; a row of zeros has a tiny norm."""
-        A, B, W = self.lora_A, self.lora_B, self.base_weight.to(self.lora_A.dtype)
+        A, B, W = self.lora_A, self.lora_B, self.base_weight.to(self.lora_A)
         cross = 2 * self.scaling * (W @ A.T) + self.scaling**2 * (B @ (A @ A.T))  # (out, r)
         squares = torch.linalg.vector_norm(W, dim=1).square() + (B * cross).sum(1)
         norms: Tensor = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
@@ -67,13 +67,26 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoRALinear:
-        # In another dtype or on another device the norms of a fresh adapter may be rounded differently.
-        m = self.lora_magnitude_vector
-        fresh = not m.is_meta and not self.lora_B.any() and torch.equal(m, self.row_norms())
+        # In another dtype or on another device the norms may be rounded differently, and g = 1 has to stay.
+        if not self._is_fresh():
+            super()._apply(fn, recurse)
+            return self
+        was_merged = self.merged
+        if was_merged:
+            self.unmerge()
         super()._apply(fn, recurse)
-        if fresh and not self.merged:
+        if not self.lora_magnitude_vector.is_meta:
             self.lora_magnitude_vector.copy_(self.row_norms())
+        if was_merged:
+            self.merge()
         return self
+
+    def _is_fresh(self) -> bool:
+        """Whether g = 1, because nothing has trained. The weight may have been moved already."""
+        m, B = self._parameters.get("lora_magnitude_vector"), self._parameters.get("lora_B")
+        if m is None or B is None or m.is_meta or self.base_weight.is_meta:
+            return False
+        return not B.any() and torch.equal(m, self.row_norms())
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

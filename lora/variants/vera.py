@@ -111,8 +111,9 @@ class VeRALinear(LoRALinear):
         return (*(matrix[:_WATCHED] for matrix in self._slices()), *super()._watched())
 
     def _versions(self) -> tuple[tuple[int, int], ...]:
-        pair = ((id(matrix), matrix._version) for matrix in self.projection.buffers())
-        return (*pair, *super()._versions())
+        pair = self.projection.buffers()
+        versions = ((id(each), 0 if each.is_inference() else each._version) for each in pair)
+        return (*versions, *super()._versions())
 
     def _slices(self) -> tuple[Tensor, Tensor]:
         """A (r, in) and B (out, r): the part of the pair that the layer uses."""

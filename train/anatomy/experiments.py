@@ -22,7 +22,7 @@ from lora.modules import ends_with
 from model import HEAD
 from train.anatomy.run import Run, position
 from train.hardware import autocast, one_thread
-from train.inference import Score, TestSet
+from train.inference import Score, TestSplit
 from train.tables import duration, excerpt
 
 FACTORS = (-1.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)
@@ -32,7 +32,7 @@ _EXCERPT = 420  # characters of a text that the page shows
 Report = Callable[[str], None]  # prints a line of progress
 
 
-def run_experiments(model: nn.Module, test_set: TestSet, whole: Score, report: Report) -> dict[str, Any]:
+def run_experiments(model: nn.Module, test_set: TestSplit, whole: Score, report: Report) -> dict[str, Any]:
     """Scores with the adapter off, without or with only one block or projection, truncated, and scaled.
 
     whole: the score of the unchanged adapter.
@@ -77,7 +77,7 @@ def run_experiments(model: nn.Module, test_set: TestSet, whole: Score, report: R
     }
 
 
-def truncate_full(run: Run, full: Run, test_set: TestSet) -> list[dict[str, Any]]:
+def truncate_full(run: Run, full: Run, test_set: TestSplit) -> list[dict[str, Any]]:
     """Scores of the full run with its update to every Linear of the encoder truncated to some ranks.
 
     Head, embeddings, biases and norms keep their tuned values. Rank None is the unchanged run.
@@ -109,7 +109,7 @@ def truncate_full(run: Run, full: Run, test_set: TestSet) -> list[dict[str, Any]
 
 
 def mistakes(
-    test_set: TestSet, logits: Tensor, labels: tuple[str, ...], most: int = 6
+    test_set: TestSplit, logits: Tensor, labels: tuple[str, ...], most: int = 6
 ) -> list[dict[str, Any]]:
     """The misclassified test texts with the highest predicted probability, highest first."""
     probabilities = torch.softmax(logits.double(), dim=1)
@@ -130,7 +130,7 @@ def mistakes(
 
 
 @torch.inference_mode()
-def trace(model: nn.Module, test_set: TestSet, text: str, labels: tuple[str, ...]) -> dict[str, Any]:
+def trace(model: nn.Module, test_set: TestSplit, text: str, labels: tuple[str, ...]) -> dict[str, Any]:
     """The logits of one text with the adapter enabled in no block, the first, the first two, …, all."""
     names = list(product_layers(model))
     blocks = _grouped(names, lambda name: str(position(name).block))

@@ -26,7 +26,7 @@ from train.anatomy.page_figures import draw_figures
 from train.anatomy.run import Run, check_same_start, load_run, middle_layers, short_name
 from train.data import DataError
 from train.hardware import one_thread
-from train.inference import TestSet, score
+from train.inference import TestSplit, score
 from train.metrics import Scores
 from train.page import data_uri, page_template
 from train.runs import METRICS, RunError, read_log
@@ -118,9 +118,9 @@ def _has_scores(path: Path) -> bool:
         return False
 
 
-def _test_set(run: Run, report: Report) -> TestSet | None:
+def _test_set(run: Run, report: Report) -> TestSplit | None:
     try:
-        return TestSet.of(run.trained, run.recipe)
+        return TestSplit.of(run.trained, run.recipe)
     except (DataError, DataPackageMissingError, RunError) as error:
         report(f"matrix parts only, because the data cannot be loaded: {first_line(error)}")
         return None
@@ -152,7 +152,12 @@ def _without_data(run: Run, others: list[Run], full: Run | None) -> dict[str, An
 
 
 def _with_data(
-    run: Run, full: Run | None, test_set: TestSet, facts: dict[str, Any], text: str | None, report: Report
+    run: Run,
+    full: Run | None,
+    test_set: TestSplit,
+    facts: dict[str, Any],
+    text: str | None,
+    report: Report,
 ) -> dict[str, Any]:
     model, labels = run.trained.model, run.trained.labels
     test_set.prepare(model)
