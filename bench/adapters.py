@@ -6,6 +6,7 @@ python -m bench.adapters MODEL PRECISION COUNT...: the memory with that many ada
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import statistics
 import sys
@@ -326,7 +327,6 @@ def _mixed(over: Range, device: torch.device) -> list[dict[str, Any]]:
                     "skewed": skewed,
                     "used": len(set(names)),
                     "milliseconds": {kind: milliseconds(each) for kind, each in seconds.items()},
-                    "exact_over": {kind: ratio(each, seconds["exact"]) for kind, each in seconds.items()},
                 }
             )
     return rows
@@ -394,27 +394,24 @@ def _logits(model: Any, batch: Tensor, precision: str, **settings: Any) -> Tenso
 def _sentences(result: dict[str, Any]) -> list[str]:
     """The ratios of the exact mode to the others, by setting."""
     sentences = []
-    for setting in _by_setting(result["mixed"]):
-        for row in setting:
-            if row["skewed"] or row["adapters"] == 1:
-                continue
-            over = {kind: f"{value:.2f}" for kind, value in row["exact_over"].items()}
-            than_peft = f", and {over['peft']} times PEFT's" if "peft" in over else ""
-            sentences.append(
-                f"{_name(row)}, {row['adapters']} adapters: the exact mode has {over['merged']} of the"
-                f" throughput of one merged model{than_peft}. It is {over['ready']} times as fast as merged"
-                f" models one after another, {over['switch']} times as fast as switching, and"
-                f" {over['merge']} times as fast as merging."
-            )
+    for row in result["mixed"]:
+        if row["skewed"] or row["adapters"] == 1:
+            continue
+        times = row["milliseconds"]
+        over = {kind: f"{ratio(each, times['exact']):.2f}" for kind, each in times.items()}
+        than_peft = f", and {over['peft']} times PEFT's" if "peft" in over else ""
+        sentences.append(
+            f"{_name(row)}, {row['adapters']} adapters: the exact mode has {over['merged']} of the"
+            f" throughput of one merged model{than_peft}. It is {over['ready']} times as fast as merged"
+            f" models one after another, {over['switch']} times as fast as switching, and"
+            f" {over['merge']} times as fast as merging."
+        )
     return sentences
 
 
 def _by_setting(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The rows of each precision and length."""
-    found: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        found.setdefault(_name(row), []).append(row)
-    return list(found.values())
+    """The rows of each precision and length, which follow each other."""
+    return [list(found) for _, found in itertools.groupby(rows, _name)]
 
 
 def _name(row: dict[str, Any]) -> str:

@@ -105,7 +105,6 @@ def _steps(
             kind: {
                 **memory[kind],
                 "milliseconds": milliseconds(seconds[kind]),
-                "over_fp32": ratio(seconds[kind], seconds["fp32"]),
             }
             for kind in steps
         },
@@ -235,7 +234,7 @@ def _shape_table(shape: dict[str, Any]) -> list[str]:
                 mebibytes(peak_above_bare(row)),
                 quantity(row["milliseconds"]["median"]),
                 spread(row["milliseconds"]),
-                f"{row['over_fp32']:.2f}",
+                f"{ratio(row['milliseconds'], shape['kinds']['fp32']['milliseconds']):.2f}",
             ]
         )
     for kind, error in shape["failed"].items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -83,13 +83,8 @@ def run(quick: bool) -> dict[str, Any]:
             }
             points += _compare(sweep, pair, over.shape_rounds, over.warm_up)
     return {
-        "seed": 0, "precision": precision, "rounds": over.rounds,
-        "shape_rounds": over.shape_rounds, "model": model_name, "points": points,
-        "lora_stops_paying": [
-            {"sweep": sweep, "targets": targets, "at": _crossing(points, sweep, targets)}
-            for sweep, targets in (*(("rank", name) for name in TARGETS), ("batch", "query, value"),
-                                   ("length", "query, value"))
-        ],
+        "seed": 0, "precision": precision, "rounds": over.rounds, "shape_rounds": over.shape_rounds,
+        "model": model_name, "points": points,
     }  # fmt: skip
 
 
@@ -99,13 +94,14 @@ def table(result: dict[str, Any]) -> str:
     ranks = sorted({point["r"] for point in points if point["sweep"] == "rank" and point["mode"] == "lora"})
     shape = next((point["rows"], point["length"]) for point in points if point["sweep"] == "rank")
     by_rank = [["trained", "parameters", "step, ms", "/ full", "memory held, MiB", "/ full"]]
-    for point in points:
-        if point["sweep"] == "rank":
-            by_rank.append([_name(point), f"{point['trainable']:,}", *_cost(point)])
     by_shape = [["rows x tokens", "full, ms", "LoRA, ms", "/ full", "LoRA holds, MiB", "/ full"]]
-    for full, lora in _pairs(points):
-        name = f"{full['rows']} x {full['length']}"
-        by_shape.append([name, quantity(full["milliseconds"]["median"]), *_cost(lora)])
+    for full, point in _with_full(points):
+        if point["sweep"] == "rank":
+            by_rank.append([_name(point), f"{point['trainable']:,}", *_cost(full, point)])
+        elif point is not full:
+            name = f"{full['rows']} x {full['length']}"
+            by_shape.append([name, quantity(full["milliseconds"]["median"]), *_cost(full, point)])
+    curves = [*(("rank", name) for name in TARGETS), ("batch", "query, value"), ("length", "query, value")]
     return "\n\n".join(
         [
             prose(
@@ -113,12 +109,12 @@ def table(result: dict[str, Any]) -> str:
                 f" interleaved rounds by rank, {result['shape_rounds']} by shape. Rank {ranks[0]} to"
                 f" {ranks[-1]} at {shape[0]} x {shape[1]} tokens;"
                 " memory held is weights, copies, optimizer state and the larger of gradients and saved"
-                " activations."
+                " tensors (activations and casts of weights)."
             ),
             markdown(by_rank),
             "LoRA with r = 8 on query and value, by batch and by length:",
             markdown(by_shape),
-            "\n".join(f"- {_verdict(**found)}" for found in result["lora_stops_paying"]),
+            "\n".join(f"- {_verdict(points, *curve)}" for curve in curves),
         ]
     )
 
@@ -126,7 +122,11 @@ def table(result: dict[str, Any]) -> str:
 def figures(result: dict[str, Any], folder: Path) -> None:
     """growth.png: the time of a step above its memory, by rank, batch and length."""
     figure, axes = plotting.panels(2, 3, 4, 2.9)
-    for line, (label, value) in zip(axes, (("ms per step", _ms), ("MiB held", _mib)), strict=True):
+    values: dict[str, Callable[[dict[str, Any]], float]] = {
+        "ms per step": lambda point: point["milliseconds"]["median"],
+        "MiB held": lambda point: point["held_bytes"] / 2**20,
+    }
+    for line, (label, value) in zip(axes, values.items(), strict=True):
         _draw_ranks(line[0], result["points"], value)
         for axis, sweep, field in ((line[1], "batch", "rows"), (line[2], "length", "length")):
             for mode, color, name in (
@@ -144,14 +144,6 @@ def figures(result: dict[str, Any], folder: Path) -> None:
             axis.xaxis.set_major_formatter("{x:.0f}")
             axis.set(xlabel=words, ylabel=label, ylim=(0, None))
     plotting.save(figure, folder / "growth.png")
-
-
-def _ms(point: dict[str, Any]) -> float:
-    return float(point["milliseconds"]["median"])
-
-
-def _mib(point: dict[str, Any]) -> float:
-    return float(point["held_bytes"]) / 2**20
 
 
 def _draw_ranks(axis: Any, points: list[dict[str, Any]], value: Callable[[dict[str, Any]], float]) -> None:
@@ -172,42 +164,37 @@ def _compare(
     laps = in_turn({key: model.step for key, model in models.items()}, rounds, warm_up)
     seconds = {key: [sum(lap) for lap in laps[key]] for key in models}
     held = {key: held_bytes(memory_bytes(model)) for key, model in models.items()}
-    full = ("full", "", 0)
     return [
         {
             "sweep": sweep, "mode": key[0], "targets": key[1], "r": key[2],
             "rows": len(model.input_ids), "length": model.input_ids.shape[1],
             "trainable": count_parameters(model.module, HEAD).trainable,
             "milliseconds": milliseconds(seconds[key]),
-            "step_over_full": round(ratio(seconds[key], seconds[full]), 3),
             "held_bytes": held[key],
-            "held_over_full": round(held[key] / held[full], 3),
         }
         for key, model in models.items()
     ]  # fmt: skip
 
 
-def _crossing(points: list[dict[str, Any]], sweep: str, targets: str) -> dict[str, Any] | None:
-    """The first point of a curve at which LoRA's step is not faster than full's, or None."""
+def _with_full(points: list[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each point, after full fine-tuning's point of the same rounds, which is the first of them."""
+    full = points[0]
     for point in points:
-        if (point["sweep"], point["targets"]) == (sweep, targets) and point["step_over_full"] >= 1:
-            return {key: point[key] for key in ("r", "rows", "length", "trainable", "step_over_full")}
-    return None
+        full = point if point["mode"] == "full" else full
+        yield full, point
 
 
-def _verdict(sweep: str, targets: str, at: dict[str, Any] | None) -> str:
-    if at is None:
-        return f"By {sweep}, on {targets}: LoRA's step is faster at every measured point."
-    return (
-        f"By {sweep}, on {targets}: LoRA's step takes {at['step_over_full']:.2f} times as long as full"
-        f" fine-tuning's at r = {at['r']} ({at['trainable']:,} trainable),"
-        f" {at['rows']} x {at['length']} tokens."
-    )
-
-
-def _pairs(points: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    shaped = [point for point in points if point["sweep"] != "rank"]
-    return list(zip(shaped[::2], shaped[1::2], strict=True))
+def _verdict(points: list[dict[str, Any]], sweep: str, targets: str) -> str:
+    """The first point of a curve at which LoRA's step is not faster than full fine-tuning's."""
+    for full, point in _with_full(points):
+        over = ratio(point["milliseconds"], full["milliseconds"])
+        if (point["sweep"], point["targets"]) == (sweep, targets) and over >= 1:
+            return (
+                f"By {sweep}, on {targets}: LoRA's step takes {over:.2f} times as long as full"
+                f" fine-tuning's at r = {point['r']} ({point['trainable']:,} trainable),"
+                f" {point['rows']} x {point['length']} tokens."
+            )
+    return f"By {sweep}, on {targets}: LoRA's step is faster at every measured point."
 
 
 def _name(point: dict[str, Any]) -> str:
@@ -215,10 +202,10 @@ def _name(point: dict[str, Any]) -> str:
     return names.get(point["mode"]) or f"LoRA, {point['targets']}, r = {point['r']}"
 
 
-def _cost(point: dict[str, Any]) -> list[str]:
+def _cost(full: dict[str, Any], point: dict[str, Any]) -> list[str]:
     return [
         quantity(point["milliseconds"]["median"]),
-        f"{point['step_over_full']:.2f}",
+        f"{ratio(point['milliseconds'], full['milliseconds']):.2f}",
         mebibytes(point["held_bytes"]),
-        f"{point['held_over_full']:.2f}",
+        f"{point['held_bytes'] / full['held_bytes']:.2f}",
     ]

@@ -62,9 +62,6 @@ def run(quick: bool) -> dict[str, Any]:
             {
                 "rows": rows,
                 "milliseconds": {state: milliseconds(each) for state, each in seconds.items()},
-                "over_base": {
-                    state: round(ratio(each, seconds["base"]), 3) for state, each in seconds.items()
-                },
             }
         )
     print(f"inference: {model_name}, merging, loading and swapping", file=sys.stderr)
@@ -80,8 +77,8 @@ def table(result: dict[str, Any]) -> str:
     """One row per state, then one row per operation."""
 
     def cell(batch: dict[str, Any], state: str) -> str:
-        time, over = batch["milliseconds"][state], batch["over_base"][state]
-        return f"{quantity(time['median'])} ({spread(time)}), {over:.2f}"
+        time, base = batch["milliseconds"][state], batch["milliseconds"]["base"]
+        return f"{quantity(time['median'])} ({spread(time)}), {ratio(time, base):.2f}"
 
     heads = [f"{batch['rows']} x {result['length']} tokens, ms" for batch in result["batches"]]
     states = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ def table(result: dict[str, Any]) -> str:
             prose(
                 f"MiB; {result['precision']}; {result['device']}; each mode in its own process."
                 " Backward frees activations and casts while it allocates gradients, so not all of them exist"
-                " at once. The measured peak also contains temporary tensors, memory of the libraries, and"
-                f" freed memory that the allocator has kept.{note_on_peaks(result['rows'])}"
+                " at once. The measured peak also contains temporary tensors, what the libraries allocate in"
+                f" a step, and freed memory that the allocator has kept.{note_on_peaks(result['rows'])}"
             ),
             *(_model_table(rows) for rows in _by_model(result).values()),
         ]
@@ -59,15 +59,18 @@ def _model_table(rows: dict[str, dict[str, Any]]) -> str:
         saved = numbers["full"] - numbers["lora"]
         return [name, *(mebibytes(each) for each in numbers.values()), mebibytes(saved)]
 
+    def held(row: dict[str, Any], without: Sequence[str] = ()) -> int:
+        return sum(size for key, size in row["components"].items() if key not in without)
+
     first = rows["full"]
     return markdown(
         [
             [f"{first['model']}, {first['rows']} x {first['length']}", *MODES.values(), "LoRA saves"],
             *(line(words, lambda row, key=key: row["components"][key]) for key, words in COMPONENTS.items()),
-            line("held after forward", lambda row: _held(row) - row["components"]["gradients"]),
-            line("held after backward", _held_after_backward),
+            line("held after forward", lambda row: held(row, ("gradients",))),
+            line("held after backward", lambda row: held(row, ("activations", "weight_casts"))),
             line("measured peak of the steps", peak_above_bare),
-            line("- minus what is held", _above_held),
+            line("- minus what is held", lambda row: peak_above_bare(row) - held_bytes(row["components"])),
             line("the process without a model, not included above", lambda row: row["bare_bytes"]),
         ]
     )
@@ -100,19 +103,6 @@ def stack_components(axis: Any, at: int, components: dict[str, int], width: floa
         tall = components[key] / 2**20
         axis.bar(at, tall, bottom=bottom, width=width, color=color, label=None if at else words)
         bottom += tall
-
-
-def _above_held(row: dict[str, Any]) -> int:
-    return peak_above_bare(row) - held_bytes(row["components"])
-
-
-def _held(row: dict[str, Any]) -> int:
-    return sum(row["components"].values())
-
-
-def _held_after_backward(row: dict[str, Any]) -> int:
-    """Backward frees activations and casts while it allocates gradients."""
-    return _held(row) - int(row["components"]["activations"] + row["components"]["weight_casts"])
 
 
 def peak_above_bare(row: dict[str, Any]) -> int:

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from bench.baselines import BASELINES, adapted_layer, installed
 from bench.steps import QUERY_VALUE, randomise
+from bench.tables import prose
 from lora import LoraConfig, inject, merge, unmerge
 from lora.adapted import product_layers
 from model import load_base
-from train.tables import markdown
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _CONFIG = LoraConfig(r=8, lora_alpha=16, target_modules=QUERY_VALUE)
@@ -37,28 +37,26 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """One row per implementation and dtype."""
-    heads = [
-        "", "dtype", "error, ulps: largest", "mean", "weights changed after 1 cycle", "10",
-        f"{result['cycles']:,}", "largest change", "logits, merged - unmerged",
-    ]  # fmt: skip
-    return markdown(
-        [
-            heads,
-            *(
-                [
-                    row["implementation"],
-                    row["dtype"],
-                    f"{row['largest_ulps']:,.3f}",
-                    f"{row['mean_ulps']:.3f}",
-                    *(f"{row[f'changed_after_{when}']:.2%}" for when in ("one", "ten", "all")),
-                    f"{row['largest_change']:.1e}",
-                    f"{row['logits_difference']:.1e}",
-                ]
-                for row in result["rows"]
-            ),
-        ]
+    """The drift of weights here and in PEFT, as a sentence."""
+    rows = {(row["implementation"], row["dtype"]): row for row in result["rows"]}
+    if ("peft", "float32") not in rows:
+        return (
+            f"After {result['cycles']:,} cycles on MiniLM, {changed(result)} of the adapted weights differ."
+        )
+    single, half = rows["peft", "float32"], rows["peft", "bfloat16"]
+    largest = f"{half['largest_change']:.1e}".replace("e-0", "e-")
+    return prose(
+        f"With PEFT {result['versions']['peft']} on MiniLM, {single['changed_after_one']:.1%} of the adapted"
+        f" weights in float32 and {half['changed_after_one']:.1%} in bfloat16 differ after one cycle, and"
+        f" {single['changed_after_all']:.1%} and {half['changed_after_all']:.1%} after {result['cycles']:,}"
+        f" cycles, in bfloat16 by up to {largest}. Here, {changed(result)} differ in any dtype."
     )
+
+
+def changed(drift: dict[str, Any]) -> str:
+    """The share of weights that differ after all cycles of merging, in the dtype where it is largest."""
+    changed = max(row["changed_after_all"] for row in drift["rows"] if row["implementation"] == "ours")
+    return f"{changed:.1%}" if changed else "none"
 
 
 def _ours(dtype: torch.dtype, cycles: int) -> dict[str, Any]:

@@ -84,8 +84,6 @@ def _row(
         "precision": precision,
         "rounds": rounds,
         "milliseconds": {kind: milliseconds(each) for kind, each in seconds.items()},
-        "step_over_products": ratio(seconds["lora"], seconds["products"]),
-        "over_ours": {kind: ratio(seconds[kind], seconds["lora"]) for kind in ("full", *baselines)},
         "memory_bytes": memory,
         "parity": {kind: _parity(models["lora"], models[kind]) for kind in baselines},
     }
@@ -105,8 +103,6 @@ def _variants(
             kind, model_name, batch, length, precision, device, config
         )
     seconds = time_in_turn({name: model.step for name, model in models.items()}, rounds, device)
-    saved = {name: memory_bytes(model)["activations"] for name, model in models.items()}
-    lora = f"LoRA, {NAMES['lora']}"
     return {
         "model": model_name,
         "rows": batch,
@@ -116,11 +112,9 @@ def _variants(
         "models": {
             name: {
                 "milliseconds": milliseconds(seconds[name]),
-                "over_lora": ratio(seconds[name], seconds[lora]),
-                "activations": saved[name],
-                "activations_over_lora": saved[name] / saved[lora],
+                "activations": memory_bytes(model)["activations"],
             }
-            for name in models
+            for name, model in models.items()
         },
     }
 
@@ -136,7 +130,7 @@ def table(result: dict[str, Any]) -> str:
                 "ms per step",
                 "quartiles",
                 "ratio to ours",
-                "saved for backward, MiB",
+                "saved activations, MiB",
                 "all components, MiB",
             ]
         ]
@@ -147,7 +141,7 @@ def table(result: dict[str, Any]) -> str:
                         words,
                         quantity(times[kind]["median"]),
                         spread(times[kind]),
-                        f"{row['over_ours'].get(kind, 1):.2f}",
+                        f"{ratio(times[kind], times['lora']):.2f}",
                         mebibytes(memory[kind]["activations"]),
                         mebibytes(sum(memory[kind].values())),
                     ]
@@ -156,7 +150,7 @@ def table(result: dict[str, Any]) -> str:
         text += (
             f" interleaved rounds. The matrix products of the step alone take"
             f" {quantity(times['products']['median'])} ms; our step takes"
-            f" {row['step_over_products']:.2f} times as long."
+            f" {ratio(times['lora'], times['products']):.2f} times as long."
         )
         for kind, differences in row["parity"].items():
             text += (
@@ -172,32 +166,38 @@ def table(result: dict[str, Any]) -> str:
         parts.append(
             prose(
                 f"Loading a saved adapter into {result['loading']['model']}, with files and base checked:"
-                f" {quantity(load['here']['median'])} ms here, and"
-                f" {quantity(load['here, base unchecked']['median'])} ms with check_base=False;"
-                f" {quantity(load['peft']['median'])} ms by PEFT, which checks neither."
+                f" {_time(load['here'])} ms here, and {_time(load['here, base unchecked'])} ms with"
+                f" check_base=False; {_time(load['peft'])} ms by PEFT, which checks neither. Medians, and"
+                " quartiles in brackets."
             )
         )
     return "\n\n".join([prose(f"{result['device']}."), *parts])
 
 
+def _time(times: dict[str, float]) -> str:
+    return f"{quantity(times['median'])} ({spread(times)})"
+
+
 def _variants_table(found: dict[str, Any]) -> list[str]:
-    lines = [["", "ms per step", "quartiles", "/ our LoRA", "saved for backward, MiB", "/ our LoRA"]]
+    lora = found["models"][f"LoRA, {NAMES['lora']}"]
+    lines = [["", "ms per step", "quartiles", "/ our LoRA", "saved activations, MiB", "/ our LoRA"]]
     for name, row in found["models"].items():
         lines.append(
             [
                 name,
                 quantity(row["milliseconds"]["median"]),
                 spread(row["milliseconds"]),
-                f"{row['over_lora']:.2f}",
+                f"{ratio(row['milliseconds'], lora['milliseconds']):.2f}",
                 mebibytes(row["activations"]),
-                f"{row['activations_over_lora']:.2f}",
+                f"{row['activations'] / lora['activations']:.2f}",
             ]
         )
     text = f"Variants of LoRA: {found['model']}, {found['rows']} x {found['length']} tokens,"
     text += f" {found['precision']}, {found['rounds']} interleaved rounds."
     if "DoRA, PEFT" in found["models"]:
         here, peft = (found["models"][f"DoRA, {NAMES[kind]}"] for kind in ("lora", "peft"))
-        text += f" PEFT's DoRA takes {peft['over_lora'] / here['over_lora']:.2f} times as long as DoRA here."
+        over = ratio(peft["milliseconds"], here["milliseconds"])
+        text += f" PEFT's DoRA takes {over:.2f} times as long as DoRA here."
     return [prose(text), markdown(lines)]
 
 

@@ -14,12 +14,12 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench import RESULTS
 from bench.__main__ import PARTS, REUSING_RUNS
+from bench.merging import changed
 from bench.steps import held_bytes
 from bench.tables import prose
 from train.tables import markdown, mebibytes, quantity, size
@@ -57,7 +57,7 @@ def _measured(name: str, results: Path) -> str:
     if not path.is_file():
         return f"Not measured yet: there is no `bench/results/{name}.json`."
     result = json.loads(path.read_text(encoding="utf-8"))
-    return "\n\n".join([TEXTS[name.rpartition("/")[2]](result), _source(name, result)])
+    return "\n\n".join([PARTS[name.rpartition("/")[2]].table(result), _source(name, result)])
 
 
 def _source(name: str, result: dict[str, Any]) -> str:
@@ -117,42 +117,14 @@ def summary(results: Path) -> str:
             prose(
                 f"The first four rows are roberta-base at {row['rows']} x {row['length']} tokens in"
                 f" {steps['precision']} on {steps['device']}, r = 8 on query and value. The last is MiniLM on"
-                f" {news['test_articles']:,} test articles of {news['data']}, mean and 95% interval over"
-                f" {len(full['seeds'])} seeds. After {drift['cycles']:,} cycles of merging and unmerging,"
-                f" {_changed(drift)} of the adapted weights differ."
+                f" {news['test_articles']:,} test articles of {news['data']} after {news['epochs']} epochs"
+                f" with {scores['settings']['max_length_tokens']} tokens an article, mean and 95% interval"
+                f" over {len(full['seeds'])} seeds. After {drift['cycles']:,} cycles of merging and unmerging,"
+                f" {changed(drift)} of the adapted weights differ."
             ),
         ]
     )
 
-
-def _changed(drift: dict[str, Any]) -> str:
-    """The share of weights that differ after all cycles of merging, in the dtype where it is largest."""
-    changed = max(row["changed_after_all"] for row in drift["rows"] if row["implementation"] == "ours")
-    return f"{changed:.1%}" if changed else "none"
-
-
-def _merging(result: dict[str, Any]) -> str:
-    """The drift of weights here and in PEFT, as a sentence."""
-    rows = {(row["implementation"], row["dtype"]): row for row in result["rows"]}
-    if ("peft", "float32") not in rows:
-        return (
-            f"After {result['cycles']:,} cycles on MiniLM, {_changed(result)} of the adapted weights differ."
-        )
-    single, half = rows["peft", "float32"], rows["peft", "bfloat16"]
-    largest = f"{half['largest_change']:.1e}".replace("e-0", "e-")
-    return prose(
-        f"With PEFT {result['versions']['peft']} on MiniLM, {single['changed_after_one']:.1%} of the adapted"
-        f" weights in float32 and {half['changed_after_one']:.1%} in bfloat16 differ after one cycle, and"
-        f" {single['changed_after_all']:.1%} and {half['changed_after_all']:.1%} after {result['cycles']:,}"
-        f" cycles, in bfloat16 by up to {largest}. Here, {_changed(result)} differ in any dtype."
-    )
-
-
-# A table of merging would be long: one sentence says the same.
-TEXTS: dict[str, Callable[[dict[str, Any]], str]] = {
-    **{name: part.table for name, part in PARTS.items()},
-    "merging": _merging,
-}
 
 if __name__ == "__main__":
     sys.exit(main())

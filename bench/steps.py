@@ -174,13 +174,13 @@ def time_once(task: Callable[[], object], device: torch.device) -> float:
     return watch.seconds()[0]
 
 
-def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> float:
-    """The ratio of the medians.
+def ratio(numerator: Mapping[str, float], denominator: Mapping[str, float]) -> float:
+    """The ratio of the medians of two results of `milliseconds`.
 
     In bootstrap samples it varied as little as the median of the rounds' ratios, and a reader can
     recompute it from the published medians.
     """
-    return statistics.median(numerator) / statistics.median(denominator)
+    return numerator["median"] / denominator["median"]
 
 
 def milliseconds(seconds: Sequence[float]) -> dict[str, float]:

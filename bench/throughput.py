@@ -57,7 +57,7 @@ def run(quick: bool) -> dict[str, Any]:
         modes = {}
         for kind, model in models.items():
             by_phase = {phase: [lap[i] for lap in laps[kind]] for i, phase in enumerate(PHASES)}
-            median, ceiling = statistics.median(seconds[kind]), seconds[f"{kind} products"]
+            ceiling = seconds[f"{kind} products"]
             modes[kind] = {
                 **_parameters(model, model_name),
                 "milliseconds": {
@@ -65,11 +65,7 @@ def run(quick: bool) -> dict[str, Any]:
                     **{phase: milliseconds(each) for phase, each in by_phase.items()},
                     "products": milliseconds(ceiling),
                 },
-                "examples_per_second": round(batch / median, 2),
-                "tokens_per_second": round(batch * length / median, 1),
                 "products_gflops": round(products[kind].flops / statistics.median(ceiling) / 1e9, 1),
-                "step_over_products": round(ratio(seconds[kind], ceiling), 3),
-                "step_over_full": round(ratio(seconds[kind], seconds["full"]), 3),
             }
         rows.append({"model": model_name, "rows": batch, "length": length, "modes": modes})
     return {"seed": 0, "precision": precision, "rounds": rounds, "models": rows}
@@ -82,6 +78,15 @@ def table(result: dict[str, Any]) -> str:
 
     def line(name: str, value: Any) -> list[str]:
         return [name, *(value(cell) for cell in cells)]
+
+    def over(key: str) -> list[str]:
+        """The step over full fine-tuning's, or over another time of the same mode."""
+        found = []
+        for row, kind in columns:
+            times = row["modes"][kind]["milliseconds"]
+            other = row["modes"]["full"]["milliseconds"]["step"] if key == "full" else times[key]
+            found.append(f"{ratio(times['step'], other):.2f}")
+        return found
 
     def time(cell: dict[str, Any], phase: str) -> str:
         return quantity(cell["milliseconds"][phase]["median"])
@@ -103,18 +108,21 @@ def table(result: dict[str, Any]) -> str:
                     ["", *(f"{_short(row['model'])}, {MODES[kind]}" for row, kind in columns)],
                     line("parameters, total", lambda cell: f"{cell['parameters']['total']:,}"),
                     line("trainable", lambda cell: f"{cell['parameters']['trainable']:,}"),
-                    line("- share of total", lambda cell: f"{cell['trainable_share']:.2%}"),
+                    line("- share of total", _share),
                     line("- LoRA", lambda cell: f"{cell['parameters']['lora']:,}"),
                     line("- head", lambda cell: f"{cell['parameters']['head']:,}"),
                     line("saved on disk", lambda cell: size(cell["checkpoint_bytes"])),
                     line("step, ms", step),
                     *(line(f"- {phase}", lambda cell, phase=phase: time(cell, phase)) for phase in PHASES),
-                    line("step / full fine-tuning's", lambda cell: f"{cell['step_over_full']:.2f}"),
-                    line("examples per second", lambda cell: quantity(cell["examples_per_second"])),
-                    line("tokens per second", lambda cell: quantity(cell["tokens_per_second"])),
+                    ["step / full fine-tuning's", *over("full")],
+                    ["examples per second", *(_rate(row, kind, row["rows"]) for row, kind in columns)],
+                    [
+                        "tokens per second",
+                        *(_rate(row, kind, row["rows"] * row["length"]) for row, kind in columns),
+                    ],
                     line("its matrix products alone, ms", lambda cell: time(cell, "products")),
                     line("- GFLOP/s", lambda cell: quantity(cell["products_gflops"])),
-                    line("step / its matrix products", lambda cell: f"{cell['step_over_products']:.2f}"),
+                    ["step / its matrix products", *over("products")],
                 ]
             ),
             *(prose(_saving(row)) for row in result["models"]),
@@ -133,7 +141,7 @@ def figures(result: dict[str, Any], folder: Path) -> None:
                 axis.barh(at, wide, left=left, height=0.6, color=color, label=None if at else phase)
                 left += wide
             axis.annotate(
-                f"{quantity(cell['examples_per_second'])} examples/s", (left, at), (4, -3),
+                f"{_rate(row, kind, row['rows'])} examples/s", (left, at), (4, -3),
                 textcoords="offset points", fontsize=8,
             )  # fmt: skip
             products = cell["milliseconds"]["products"]["median"]
@@ -160,9 +168,17 @@ def _parameters(model: BenchModel, model_name: str) -> dict[str, Any]:
     roles = ("lora", "head", "base", "frozen", "trainable", "total")
     return {
         "parameters": {role: getattr(counts, role) for role in roles},
-        "trainable_share": round(counts.trainable / counts.total, 6),
         "checkpoint_bytes": checkpoint_bytes,
     }
+
+
+def _share(cell: dict[str, Any]) -> str:
+    return f"{cell['parameters']['trainable'] / cell['parameters']['total']:.2%}"
+
+
+def _rate(row: dict[str, Any], kind: str, count: int) -> str:
+    """`count` by the seconds of a step."""
+    return quantity(1e3 * count / row["modes"][kind]["milliseconds"]["step"]["median"])
 
 
 def _saving(row: dict[str, Any]) -> str:

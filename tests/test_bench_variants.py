@@ -405,7 +405,6 @@ def test_methods_with_equal_layers_are_measured_once():
     measured = variants.measure_steps(methods, quick=True)["methods"]
     assert [step["measured_as"] for step in measured.values()] == [LORA, LORA, LORA, "rsLoRA r=64"]
     assert [step["scaling"] for step in measured.values()] == [2, 2, 2, 2]  # 16/8 and 16/√64
-    assert measured["LoRA+"]["over_lora"] == 1
     # rank 64 instead of 8 has 7·73,728 more parameters, with a copy, a gradient and two moments each
     assert measured["rsLoRA r=64"]["held_bytes"] > measured[LORA]["held_bytes"] + 4 * 3 * 7 * 73_728
 
