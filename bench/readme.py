@@ -119,8 +119,8 @@ def summary(results: Path) -> str:
                 f" {steps['precision']} on {steps['device']}, r = 8 on query and value. The last is MiniLM on"
                 f" {news['test_articles']:,} test articles of {news['data']} after {news['epochs']} epochs"
                 f" with {scores['settings']['max_length_tokens']} tokens an article, mean and 95% interval"
-                f" over {len(full['seeds'])} seeds. After {drift['cycles']:,} cycles of merging and unmerging,"
-                f" {changed(drift)} of the adapted weights differ."
+                f" over {len(full['seeds'])} seeds. After {drift['cycles']:,} cycles of merging and"
+                f" unmerging, {changed(drift)} of the adapted weights differ."
             ),
         ]
     )

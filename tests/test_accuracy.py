@@ -1,18 +1,15 @@
 """bench accuracy: tuned by validation, compared in pairs, never run twice; and its statistics."""
 
 import csv
-import itertools
 import json
 import math
 
 import pytest
 
 from bench import accuracy
-from bench.accuracy import QUERY_VALUE, Cell, Mode
-from bench.training import finish_run
-from train.config import load_recipe
-from train.runs import CONFIG, PREDICTIONS, SUMMARY
-from train.significance import mcnemar, mean_and_interval
+from bench.accuracy import QUERY_VALUE, Mode
+from train.runs import PREDICTIONS, SUMMARY
+from train.significance import mean_and_interval
 
 
 def test_the_interval_is_students():
@@ -22,16 +19,6 @@ def test_the_interval_is_students():
     assert half_width == pytest.approx(4.303 / math.sqrt(3), rel=1e-12)
     with pytest.raises(ValueError, match="not 1"):
         mean_and_interval([1.0])
-
-
-@pytest.mark.parametrize(("only_first", "only_second"), [(0, 0), (3, 0), (1, 4), (5, 5), (2, 7)])
-def test_mcnemars_p_is_the_share_of_coins_at_least_as_uneven(only_first, only_second):
-    first = [True] * only_first + [False] * only_second + [True, False]
-    second = [False] * only_first + [True] * only_second + [True, False]
-    uneven = abs(only_first - only_second)
-    coins = list(itertools.product((0, 1), repeat=only_first + only_second))
-    as_uneven = sum(abs(2 * sum(toss) - len(toss)) >= uneven for toss in coins)
-    assert mcnemar(first, second) == (only_first, only_second, pytest.approx(as_uneven / len(coins)))
 
 
 @pytest.fixture
@@ -105,18 +92,3 @@ def test_a_row_has_its_seeds_mean_interval_and_pairs(runs):
     assert lora["against_full"] == [{"only_this": 0, "only_full": 0, "p": 1.0}] * 3
     assert "63.33 ± 14.34" in accuracy.table(result)
     assert "none differs" in " ".join(accuracy.table(result).split())
-
-
-def test_a_cell_that_fails_says_why(tmp_path, monkeypatch):
-    monkeypatch.setattr(accuracy, "RUNS", tmp_path)
-    cell = Cell("no-such-folder-of-news", Mode("head"), 1e-3, 0)
-    with pytest.raises(RuntimeError, match="no-such-folder-of-news"):
-        cell.finish()
-
-
-def test_a_run_of_other_settings_is_not_taken_for_this_one(tmp_path):
-    (tmp_path / CONFIG).write_text(load_recipe("quickstart", {"epochs": 2})[1].to_toml())
-    (tmp_path / SUMMARY).write_text('{"test_accuracy": 1.0}')
-    assert finish_run("quickstart", {"epochs": 2}, tmp_path) == {"test_accuracy": 1.0}
-    with pytest.raises(RuntimeError, match="other settings; remove it"):
-        finish_run("quickstart", {"epochs": 3}, tmp_path)

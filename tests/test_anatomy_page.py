@@ -156,7 +156,8 @@ def test_runs_on_a_base_in_another_precision_do_not_start_alike(runs):
         check_same_start(run, stored, "--against")
 
 
-def test_lora_fa_has_an_anatomy_without_the_gradient_of_a(recipe, tmp_path):
+def test_lora_fa_has_an_anatomy_without_the_gradient_of_a(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr("train.anatomy.study.draw_figures", lambda *_: {})
     run_job("fa", dataclasses.replace(recipe, epochs=1, use_lora_fa=True), tmp_path / "fa")
     assert command.main([str(tmp_path / "fa"), "--matrix-only"]) == 0
     folder = tmp_path / "fa" / "anatomy"
@@ -266,7 +267,7 @@ def test_a_report_with_scores_is_not_replaced_by_one_without(runs, report, capsy
 )
 def test_the_command_reports_what_is_wrong(runs, recipe, tmp_path, capsys, monkeypatch, arguments, message):
     folder = tmp_path / "runs"
-    shutil.copytree(runs, folder)
+    shutil.copytree(runs, folder, ignore=shutil.ignore_patterns("anatomy"))
     shutil.copytree(folder / "run", folder / "unfinished")
     (folder / "unfinished" / "summary.json").unlink()
     shutil.copytree(folder / "run", folder / "damaged")
@@ -295,7 +296,8 @@ def test_damaged_telemetry_is_an_error(runs, tmp_path, capsys, value):
     assert "metrics.jsonl: damaged: delta_over_weight is not one number" in capsys.readouterr().err
 
 
-def test_data_with_other_classes_than_the_models_is_not_analysed(runs, tmp_path, capsys):
+def test_data_with_other_classes_than_the_models_is_not_analysed(runs, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train.anatomy.study.draw_figures", lambda *_: {})
     run = tmp_path / "run"
     shutil.copytree(runs / "run", run, ignore=shutil.ignore_patterns("anatomy"))
     text = (run / "config.toml").read_text()

@@ -403,6 +403,7 @@ def test_every_storage_of_the_base_is_compared_at_the_rate_of_fp32(monkeypatch, 
     monkeypatch.setattr(grid.Cell, "run", train)
     monkeypatch.setattr(grid, "RUNS", tmp_path)
     monkeypatch.setattr(grid, "_digest", str)
+    monkeypatch.setattr(grid, "write_folds", lambda: None)
     monkeypatch.setattr(base, "in_own_process", peak)
     monkeypatch.setattr("bench.baselines.find_spec", lambda package: package == "peft")  # not bitsandbytes
     broken = {"peft": lambda *_: 1 / 0}

@@ -146,6 +146,7 @@ def runs(tmp_path, monkeypatch):
     """Runs that are finished without training, and listed: the best rate is the second candidate."""
     monkeypatch.setattr(grid, "RUNS", tmp_path)
     monkeypatch.setattr(grid, "_digest", str)
+    monkeypatch.setattr(grid, "write_folds", lambda: None)
     trained = []
 
     def train(command, **_):

@@ -264,7 +264,7 @@ def test_load_state_dict_into_a_merged_model_writes_nothing(adapted, part):
     before = {name: tensor.clone() for name, tensor in adapted.named_parameters()}
     changed = {name: tensor + 1 for name, tensor in module.state_dict().items()}
     for model in (adapted, copy.deepcopy(adapted)):
-        with pytest.raises(RuntimeError, match="load_state_dict into a merged layer"):
+        with pytest.raises(RuntimeError, match="load_state_dict into a merged layer; unmerge first"):
             model.get_submodule(part).load_state_dict(changed)
         assert equal(before, dict(model.named_parameters()))
     unmerge(adapted)

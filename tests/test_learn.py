@@ -14,7 +14,6 @@ from learn import cli, course
 from learn.checks import step11
 from learn.oracle import CheckError
 from learn.runner import check_step, run
-from train import job
 from train.config import Recipe
 
 STEPS = [*range(1, course.LAST + 1), course.BONUS]
@@ -196,7 +195,6 @@ def test_the_exit_code_says_whether_all_is_done(monkeypatch, capsys, tmp_path):
 def test_training_with_the_readers_layer_is_compared_with_the_librarys(
     solved, tiny_recipe, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(job, "draw_all", lambda *_: None)
     for path in solved.glob("*.py"):
         (tmp_path / path.name).write_text(path.read_text())
     path = tmp_path / course.file_name(11)

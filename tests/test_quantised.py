@@ -19,7 +19,7 @@ from conftest import content, randomise_adapter, tiny_roberta
 from test_adapters import five_adapters, logits
 from test_any_model import gpt2, process_group
 from test_fuzz import damage
-from test_variant import SETTINGS, config_of, randomise
+from test_variant import COMPUTED, config_of, randomise
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModelForSequenceClassification
@@ -268,7 +268,7 @@ def test_the_memory_of_a_step_is_that_of_the_stored_tensors(precision):
 
 @torch.no_grad()
 @storages
-@pytest.mark.parametrize("variant", ["lora", *SETTINGS])
+@pytest.mark.parametrize("variant", ["lora", *COMPUTED])
 def test_a_fresh_adapter_changes_no_bit(precision, variant, input_ids):
     config = LoraConfig(r=4, modules_to_save=HEAD) if variant == "lora" else config_of(variant)
     for mixed in (False, True):
@@ -305,7 +305,7 @@ def test_eva_starts_from_the_inputs_of_the_quantised_model(precision, input_ids)
 
 
 @storages
-@pytest.mark.parametrize("variant", ["lora", *SETTINGS])
+@pytest.mark.parametrize("variant", ["lora", *COMPUTED])
 @pytest.mark.parametrize("fast", [False, True])
 def test_gradients_are_those_of_the_dense_model_and_no_dense_weight_is_saved(
     precision, variant, fast, input_ids
@@ -406,7 +406,7 @@ def test_merging_is_refused_and_changes_nothing(adapted, input_ids):
 
 @torch.no_grad()
 @storages
-@pytest.mark.parametrize("variant", ["lora", *SETTINGS])
+@pytest.mark.parametrize("variant", ["lora", *COMPUTED])
 def test_ejecting_with_a_dtype_rounds_the_sum_once(precision, variant, input_ids):
     config = LoraConfig(r=4, modules_to_save=HEAD) if variant == "lora" else config_of(variant)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

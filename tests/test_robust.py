@@ -401,8 +401,6 @@ def _change_weight(name):
     ("change", "message"),
     [
         (_set_config(num_attention_heads=4), "config of the base model"),
-        (_set_config(layer_norm_eps=1e-3), "config of the base model"),
-        (_set_config(hidden_act="relu"), "config of the base model"),
         (_set_config(classifier_dropout=0.5), "config of the base model"),
         (_truncate_left, "tokenizer"),
         (_swap_words, "tokenizer"),
