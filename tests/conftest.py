@@ -82,7 +82,7 @@ def input_ids() -> torch.Tensor:
 
 
 def randomise_adapter(model: torch.nn.Module, seed: int = 1) -> None:
-    """Gives every lora_B something to say, as training would."""
+    """Sets every lora_B to random values, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -51,7 +51,7 @@ CPU = torch.device("cpu")
 
 
 def randomise(layers, seed):
-    """Gives every trained tensor something to say, as training would."""
+    """Sets every trained tensor to random values, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name in sorted(layers):

@@ -431,5 +431,5 @@ def test_neither_command_imports_transformers(runs):
     root = Path(__file__).parent.parent
     done = subprocess.run(words, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "late goal" in done.stdout or table(done.stdout, "Changed predictions")
+    assert table(done.stdout, "Changed predictions")
     assert "finished" in done.stdout

@@ -95,10 +95,12 @@ def test_another_figure_in_the_json_is_another_figure_on_the_page(tmp_path):
     merging = json.loads((tmp_path / "merging.json").read_text())
     for row in merging["rows"]:
         row["changed_after_all"] *= 2
+        if (row["implementation"], row["dtype"]) == ("peft", "float32"):
+            doubled = f"{row['changed_after_all']:.1%}"
     (tmp_path / "merging.json").write_text(json.dumps(merging))
     changed = rewritten(text, tmp_path)
     assert changed != text
-    assert "14.8%" in changed
+    assert doubled in changed
 
 
 def test_missing_results_are_named(tmp_path):

@@ -152,16 +152,16 @@ def test_a_merged_layers_outputs_differ_by_no_more_than_rounding(dtype, kind):
 
     Both layers compute y = (W + ΔW)·x + b, each with its own roundings. Products are summed in u_acc
     (float32 for 16-bit weights, else the weight's own) and stored in u; adapters compute in u_A.
-        apart:  γ_{in+1}(u_acc)·(|W||x| + |b|) + u·|y₀|       the frozen product, y₀, stored
-                + γ_{in+r+3}(u_A)·|s||B||A||x|                the thin products
-                + (u + u_A)·(|y₀| + |s||B||A||x|)             their sum, stored
-        merged: (½ulp bound of the merge)·|x|
-                + γ_{in+1}(u_acc)·(|W'||x| + |b|) + 2u·|y'|   the merged product, stored
+        unmerged: γ_{in+1}(u_acc)·(|W||x| + |b|) + u·|y₀|       the frozen product, y₀, stored
+                  + γ_{in+r+3}(u_A)·|s||B||A||x|                the thin products
+                  + (u + u_A)·(|y₀| + |s||B||A||x|)             their sum, stored
+        merged:   (½ulp bound of the merge)·|x|
+                  + γ_{in+1}(u_acc)·(|W'||x| + |b|) + 2u·|y'|   the merged product, stored
     """
     layer = make_layer(dtype, kind, r=4, shape=(24, 96)).eval()
     x = torch.randn(10, 96, generator=torch.Generator().manual_seed(3)).to(dtype)
     with torch.no_grad():
-        apart = layer(x).double()
+        unmerged = layer(x).double()
         W, b, A, B = (t.detach().double() for t in (layer.weight, layer.bias, layer.lora_A, layer.lora_B))
         layer.merge()
         folded = layer(x).double()
@@ -174,7 +174,7 @@ def test_a_merged_layers_outputs_differ_by_no_more_than_rounding(dtype, kind):
     adapter = s * (X.abs() @ A.abs().T @ B.abs().T)
     frozen = X.abs() @ W.abs().T + b.abs()
     y0 = (X @ W.T + b).abs() + gamma(size + 1, u_acc) * frozen
-    bound_apart = (
+    bound_unmerged = (
         gamma(size + 1, u_acc) * frozen + 2 * u * y0 + gamma(size + r + 3, u_A) * adapter
         + (u + u_A) * (1 + 2 * u) * (y0 + adapter)
     )  # fmt: skip
@@ -183,12 +183,12 @@ def test_a_merged_layers_outputs_differ_by_no_more_than_rounding(dtype, kind):
     folded_size = X.abs() @ merged_W.abs().T + b.abs()
     y1 = folded.abs() / (1 - 2 * u)
     bound_merged = X.abs() @ merge_error.T + gamma(size + 1, u_acc) * folded_size + 2 * u * y1
-    difference = (apart - folded).abs()
+    difference = (unmerged - folded).abs()
     assert difference.max() > 0
-    assert (difference <= bound_apart + bound_merged).all()
+    assert (difference <= bound_unmerged + bound_merged).all()
     # and the bound says something: it is far below what the adapter does
     if kind == "plain":
-        assert (bound_apart + bound_merged).max() < adapter.max() / 4
+        assert (bound_unmerged + bound_merged).max() < adapter.max() / 4
 
 
 def test_a_merge_inside_autocast_is_seen_by_the_next_forward():
@@ -199,13 +199,13 @@ def test_a_merge_inside_autocast_is_seen_by_the_next_forward():
         layer.enabled = False
         base = layer(x)
         layer.enabled = True
-        apart = layer(x)
+        unmerged = layer(x)
         layer.merge()
         folded = layer(x)
         layer.unmerge()
         again = layer(x)
-    assert torch.equal(again, apart)
-    assert (folded - apart).abs().max() < (base - apart).abs().max() / 4
+    assert torch.equal(again, unmerged)
+    assert (folded - unmerged).abs().max() < (base - unmerged).abs().max() / 4
 
 
 def test_dropout_is_never_baked_in():
@@ -242,11 +242,11 @@ def test_modes_state_dicts_copies_and_saves_change_nothing(adapted, input_ids, t
 
 
 def test_a_merged_models_state_dict_is_the_unmerged_ones(adapted, config, input_ids):
-    apart = {key: tensor.clone() for key, tensor in adapted.state_dict().items()}
+    unmerged = {key: tensor.clone() for key, tensor in adapted.state_dict().items()}
     with merged(adapted):
         state = {key: tensor.clone() for key, tensor in adapted.state_dict().items()}
-    assert state.keys() == apart.keys()
-    assert all(torch.equal(state[key], apart[key]) for key in apart)
+    assert state.keys() == unmerged.keys()
+    assert all(torch.equal(state[key], unmerged[key]) for key in unmerged)
     fresh = tiny_roberta(seed=5)
     inject(fresh, config)
     fresh.load_state_dict(state)

@@ -132,11 +132,16 @@ def test_autocast_agrees_with_float32_to_its_own_precision(dtype):
 
 @pytest.mark.parametrize("shape", [(12,), (7, 12), (2, 5, 12)])
 def test_outputs_may_be_written_to_as_any_linears(shape):
-    h = make_layer()(torch.randn(shape))
-    F.relu_(h).sum().backward()
-    attended = fast_attention(bidirectional(), *heads(), None)[0]
-    attended += 1
-    attended.sum().backward()
+    layer, x, qkv = make_layer(), torch.randn(shape), heads()
+    for in_place, pure in ((F.relu_, F.relu), (lambda h: h.mul_(2), lambda h: h * 2)):
+        for outputs, inputs in (
+            (lambda: layer(x), (layer.lora_A, layer.lora_B)),
+            (lambda: fast_attention(bidirectional(), *qkv, None)[0], qkv),
+        ):
+            found, wanted = (
+                torch.autograd.grad(change(outputs()).sum(), inputs) for change in (in_place, pure)
+            )
+            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_a_backward_inside_autocast_computes_in_forwards_dtype():
@@ -693,17 +698,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(config, input_ids, prec
 def test_copies_follow_their_weights_through_merges_and_changes(config, input_ids):
     _, fast = adapted(config)
     run = partial(_logits, fast, input_ids)
-    apart = run()
+    unmerged = run()
     merge(fast)
     folded = run()
     layer = next(iter(lora_layers(fast).values()))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(layer.compute_weights()[0], layer.weight.bfloat16())
     unmerge(fast)
-    assert not torch.equal(folded, apart)  # the merged weight was used: other roundings
-    assert torch.equal(run(), apart)
+    assert not torch.equal(folded, unmerged)  # the merged weight was used: other roundings
+    assert torch.equal(run(), unmerged)
     layer.weight.mul_(2)
-    assert not torch.equal(run(), apart)
+    assert not torch.equal(run(), unmerged)
 
 
 def _logits(model, input_ids):
@@ -753,6 +758,7 @@ def test_a_float64_weight_has_no_copy_for_autocast_leaves_it_alone():
     fuse(layer, torch.bfloat16)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(torch.randn(2, 4, dtype=torch.float64)).dtype == torch.float64
+    assert copy_bytes(layer) == 0
 
 
 def test_what_is_shared_or_hooked_stays_so():

@@ -303,7 +303,7 @@ def test_another_tools_metadata_is_an_error_that_says_so(folder):
 
 
 class Twice(nn.Module):
-    """A Linear and a normalisation that stand in two places each; the latter counts batches in int64."""
+    """A Linear and a normalisation, each shared under two names; the latter counts batches in int64."""
 
     def __init__(self):
         super().__init__()

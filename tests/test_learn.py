@@ -106,7 +106,8 @@ def test_untouched_templates_stop_at_the_first_task_of_step_1(tmp_path):
     assert not run(tmp_path, range(1, course.LAST + 1), said.append)
     text = "\n".join(said)
     assert "TODO" in text
-    assert 'step01.py:11 in delta: raise NotImplementedError("step 1: multiply the two factors")' in text
+    wanted = r'step01.py:\d+ in delta: raise NotImplementedError\("step 1: multiply the two factors"\)'
+    assert re.search(wanted, text)
     assert "[............] 0 of 12 steps done." in text
     assert "Step 2" not in text
     assert "hint" not in text
@@ -134,7 +135,7 @@ def test_a_failure_shows_the_readers_line_and_the_second_one_a_hint(tmp_path):
         assert not run(tmp_path, [1], said.append)
         text = "\n".join(said)
         assert "RuntimeError: mat1 and mat2 shapes cannot be multiplied" in text
-        assert "step01.py:11 in delta: return lora_A @ lora_B" in text
+        assert re.search(r"step01.py:\d+ in delta: return lora_A @ lora_B", text)
         assert ("hint" in text) == (attempt == 2)
     path.write_text("def delta(:")
     said = []

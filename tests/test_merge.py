@@ -57,7 +57,7 @@ def test_merging_keeps_what_the_model_computes(adapted, input_ids):
     assert all(layer.merged for layer in lora_layers(adapted).values())
 
 
-def test_merging_twice_and_unmerging_what_is_apart_are_errors_that_name_the_layer(adapted):
+def test_merging_twice_and_unmerging_what_is_not_merged_are_errors_that_name_the_layer(adapted):
     with pytest.raises(RuntimeError, match="query is not merged"):
         unmerge(adapted)
     merge(adapted)
