@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class CheckError(Exception):
-    """The reader's code is wrong. The message says what was expected, what came, and why if that is known."""
+    """The reader's code is wrong. The message says what was expected, what it returned, and why if known."""
 
     def __init__(self, what: str, expected: str, got: str = "", why: str = ""):
         lines = [what, f"expected  {expected}", f"got       {got}" if got else "", *why.splitlines()]
@@ -66,6 +66,11 @@ def expect_error(what: str, kind: type[Exception], action: Any, *arguments: Any,
     except kind as error:
         return error
     raise CheckError(what, f"a {kind.__name__} is raised", "no error", why)
+
+
+def some(names: Collection[str]) -> str:
+    """The first two names, and how many more there are."""
+    return ", ".join(sorted(names)[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "") or "none"
 
 
 def describe(value: object) -> str:

@@ -123,7 +123,7 @@ def test_each_template_asks_for_its_own_step_only(tmp_path):
         assert set(tasks) == {str(step)}
         assert "learn.solutions" not in text
         assert len(text.splitlines()) < len(course.solution(step).splitlines()) + len(tasks)
-        course.hint(step)
+        assert course.hint(step)
 
 
 def test_a_failure_shows_the_readers_line_and_the_second_one_a_hint(tmp_path):

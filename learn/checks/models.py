@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
 from transformers import RobertaConfig, RobertaForSequenceClassification
 
 from lora import LoraConfig, inject
-from lora.mergeable import MergeableLinear
 from model.minilm import minilm_config
 
 HEAD = "classifier"
@@ -37,11 +33,6 @@ def adapted_tiny_roberta(seed: int = 0) -> RobertaForSequenceClassification:
             if name.endswith("lora_B") or name.startswith(f"{HEAD}."):
                 parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
     return model
-
-
-def adapted_layers(model: nn.Module) -> dict[str, Any]:
-    """The adapted layers of a model, by their dotted names."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, MergeableLinear)}
 
 
 def minilm_shapes() -> RobertaForSequenceClassification:

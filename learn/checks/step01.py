@@ -20,8 +20,8 @@ def check_count(step: ModuleType) -> None:
         counted = torch.empty(r, in_).numel() + torch.empty(out, r).numel()
         mistakes = {
             "This is the size of W itself.": out * in_,
-            "This takes the layer for square: B has `out` rows, A has `in` columns.": 2 * r * in_,
-            "This takes the layer for square: A has `in` columns, B has `out` rows.": 2 * r * out,
+            "This assumes a square layer: B has `out` rows, A has `in` columns.": 2 * r * in_,
+            "This assumes a square layer: A has `in` columns, B has `out` rows.": 2 * r * out,
             "This multiplies the two sizes. There are two separate matrices: add their sizes.": r
             * in_
             * out

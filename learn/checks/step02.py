@@ -103,6 +103,8 @@ def check_learning(step: ModuleType) -> None:
     A[1, :2] = B[3] = torch.tensor([1.0, -1.0]).double()
     what = "learning_factors(A, B), when each has a 1, a -1 and else zeros"
     expect_value(what, step.learning_factors(A, B), {"A", "B"})
+    negative = -torch.ones(2, 5).double(), -torch.ones(7, 2).double()
+    expect_value("learning_factors(A, B), when all are -1", step.learning_factors(*negative), {"A", "B"})
 
 
 CHECKS = (check_shapes, check_zero, check_distribution, check_learning)

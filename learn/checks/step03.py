@@ -68,6 +68,8 @@ def check_formula(step: ModuleType) -> None:
         "The bias is scaled too; it belongs to the frozen layer.": h + s * (update + layer.bias),
     }
     expect("forward in eval mode, r=2, lora_alpha=6", layer(x), h + s * update, mistakes)
+    bare = step.MyLoRALinear(nn.Linear(6, 6, bias=False).double(), r=2, lora_alpha=6).eval()
+    expect("forward of a layer without bias", bare(x), F.linear(x, bare.weight))
 
 
 def check_eval_drops_nothing(step: ModuleType) -> None:
@@ -109,7 +111,7 @@ def check_dropout(step: ModuleType) -> None:
         raise CheckError(
             what,
             expected="the kept inputs times 1 / (1 - 0.25) = 4/3",
-            got="not so",
+            got=f"sums such as {sums[0]:g}, where multiples of 4/3 are possible",
             why="F.dropout divides what it keeps by 1 - p, so that the mean stays the same.",
         )
     if (kept == kept[0]).all():

@@ -58,7 +58,10 @@ def check_gradients(step: ModuleType) -> None:
                 "The scaling is missing in the adapter's part.": frozen + adapter,
                 "The scaling is applied twice in the adapter's part.": frozen + SCALING**2 * adapter,
             }
-        expect(f"the gradient of {name}, {tuple(expected.shape)}", got[name], expected.detach(), mistakes)
+        what = f"the gradient of {name}, {tuple(expected.shape)}"
+        if got[name] is None:
+            raise CheckError(what, expected="a tensor", got="None, which backward returns in its place")
+        expect(what, got[name], expected.detach(), mistakes)
 
 
 def check_frozen(step: ModuleType) -> None:
@@ -80,12 +83,11 @@ def check_frozen(step: ModuleType) -> None:
 
 def check_mask(step: ModuleType) -> None:
     """With dropout, backward uses the mask that forward drew, which identity matrices make visible."""
-    eye = torch.eye(IN).double()
-    zero, bias = torch.zeros(IN, IN).double(), torch.zeros(IN).double()
+    eye, bias = torch.eye(IN).double(), torch.zeros(IN).double()
     x = (torch.rand(N, IN).double() + 1).requires_grad_()
     A, B = eye.clone().requires_grad_(), eye.clone().requires_grad_()
-    h = step.LoRAFunction.apply(x, zero, bias, A, B, 1.0, 0.5)
-    keep, grad = (h / x).detach(), torch.randn(N, IN).double()
+    h = step.LoRAFunction.apply(x, eye, bias, A, B, 1.0, 0.5)  # x + x * keep
+    keep, grad = (h / x - 1).detach().round(), torch.randn(N, IN).double()
     first = torch.autograd.grad(h, (x, A, B), grad, retain_graph=True)
     second = torch.autograd.grad(h, (x, A, B), grad, retain_graph=True)
     if not all(torch.equal(one, two) for one, two in zip(first, second, strict=True)):
@@ -99,12 +101,14 @@ def check_mask(step: ModuleType) -> None:
     for name, got, wanted, ignored in (
         ("lora_B", first[2], grad.T @ dropped, grad.T @ x.detach()),
         ("lora_A", first[1], grad.T @ dropped, grad.T @ x.detach()),
-        ("x", first[0], grad * keep, grad),
+        ("x", first[0], grad + grad * keep, 2 * grad),
     ):
-        why = "The mask is not applied: dropped elements had no influence on h, so their gradient is zero."
+        why = "The mask is not applied: dropped elements had no influence on the adapter's output."
         if name == "lora_A":
             why = "The mask is not applied: A was multiplied by the dropped x, x * keep."
-        expect(f"the gradient of {name} with dropout 0.5", got, wanted, {why: ignored})
+        everywhere = {"The mask is on the frozen layer's part too, which had no dropout.": 2 * grad * keep}
+        mistakes = {why: ignored} | (everywhere if name == "x" else {})
+        expect(f"the gradient of {name} with dropout 0.5", got, wanted, mistakes)
 
 
 def check_thin(step: ModuleType) -> None:
@@ -113,6 +117,13 @@ def check_thin(step: ModuleType) -> None:
     for name in ("weight", "bias"):
         inputs[name].requires_grad_(False)
     h: Any = step.LoRAFunction.apply(*inputs.values(), SCALING, 0.5)
+    for name, value in vars(h.grad_fn).items():
+        if isinstance(value, Tensor):
+            raise CheckError(
+                f"forward keeps a tensor as ctx.{name}.",
+                expected="ctx.save_for_backward(tensors)",
+                why="Autograd frees what it saves after backward, and notices if it is overwritten before.",
+            )
     saved = [each for each in h.grad_fn.saved_tensors if each is not None]
     extra = [
         each for each in saved if not any(each.data_ptr() == known.data_ptr() for known in inputs.values())

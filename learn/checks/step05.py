@@ -5,7 +5,7 @@ from types import ModuleType
 from torch import nn
 
 from learn.checks.models import HEAD, adapted_tiny_roberta, roberta_base_shapes
-from learn.oracle import CheckError, expect_value
+from learn.oracle import CheckError, expect_value, some
 
 
 def check_freeze(step: ModuleType) -> None:
@@ -27,7 +27,7 @@ def check_freeze(step: ModuleType) -> None:
         raise CheckError(
             f"train_only(model, {HEAD!r}), when requires_grad was {before} everywhere",
             expected=f"{len(wanted)} parameters train: those of the adapters and of the head",
-            got=f"{len(trained)}; not trained: {_some(missing)}; trained: {_some(extra)}",
+            got=f"{len(trained)}; not trained: {some(missing)}; trained: {some(extra)}",
             why="\n".join(why),
         )
 
@@ -42,7 +42,6 @@ def check_sibling(step: ModuleType) -> None:
     if model.classifier_norm.weight.requires_grad:
         what = f"train_only(model, {HEAD!r}), when the model has classifier_norm beside {HEAD}"
         raise CheckError(what, expected="classifier_norm is frozen", got="it trains", why=why)
-    model.classifier_norm.requires_grad_(True)
     model.pre_classifier = nn.Linear(2, 2)  # DistilBERT has one beside its classifier
     model.pre_classifier.requires_grad_(False)
     step.train_only(model, HEAD)
@@ -50,7 +49,6 @@ def check_sibling(step: ModuleType) -> None:
         what = f"train_only(model, {HEAD!r}), when the model has pre_classifier beside {HEAD}"
         raise CheckError(what, expected="pre_classifier is frozen", got="it trains")
     model.requires_grad_(True)
-    model.pre_classifier.requires_grad_(True)
     head = sum(parameter.numel() for parameter in model.classifier.parameters())
     what = f"count(…)['head'], when classifier_norm beside {HEAD} trains too"
     expect_value(what, step.count(model, HEAD)["head"], head, {why: head + 20})
@@ -67,7 +65,7 @@ def check_roberta_base(step: ModuleType) -> None:
 
 
 def check_frozen_copy(step: ModuleType) -> None:
-    """A frozen copy of the head, which PEFT keeps beside the one that trains, counts as frozen."""
+    """A frozen copy of the head, which PEFT keeps beside it, and a frozen lora_A count as frozen."""
     model = adapted_tiny_roberta()
     head = sum(parameter.numel() for parameter in model.classifier.parameters())
     wanted = _counted(model)
@@ -77,17 +75,25 @@ def check_frozen_copy(step: ModuleType) -> None:
         f"count, when {HEAD}.original_module is a frozen copy", step.count(model, HEAD), wanted,
         {"The frozen copy is counted as trained. Look at requires_grad, not only at the name.": head + 820},
     )  # fmt: skip
+    lora_A = next(p for name, p in model.named_parameters() if name.endswith(".lora_A"))
+    lora_A.requires_grad_(False)  # as in the variant LoRA-FA
+    wanted["lora"] -= lora_A.numel()
+    wanted["frozen"] += lora_A.numel()
+    why = "The frozen lora_A is counted as trained. Look at requires_grad, not only at the name."
+    mistakes = {why: wanted["lora"] + lora_A.numel()}
+    _expect_counts("count, when one lora_A is frozen", step.count(model, HEAD), wanted, mistakes)
 
 
 def check_shared(step: ModuleType) -> None:
     """A Parameter that two modules share, as tied embeddings are, counts once."""
     model = adapted_tiny_roberta()
     wanted = _counted(model)
-    model.tied = model.roberta.embeddings.word_embeddings
+    model.tied = nn.Embedding(60, 32)
+    model.tied.weight = model.roberta.embeddings.word_embeddings.weight
     got = step.count(model, HEAD)
     twice = wanted["frozen"] + model.tied.weight.numel()
     why = {"The shared Parameter is counted twice. model.named_parameters() returns each one once.": twice}
-    _expect_counts("count, when two modules share one embedding", got, wanted, why)
+    _expect_counts("count, when two embeddings share one weight", got, wanted, why)
 
 
 def _counted(model: nn.Module) -> dict[str, int]:
@@ -112,8 +118,4 @@ def _expect_counts(
         expect_value(f"{what}[{role!r}]", got[role], number, known)
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "") or "none"
-
-
-CHECKS = (check_freeze, check_sibling, check_roberta_base, check_frozen_copy, check_shared)
+CHECKS = (check_freeze, check_roberta_base, check_frozen_copy, check_shared, check_sibling)

@@ -49,8 +49,7 @@ def check_names(step: ModuleType) -> None:
         ("0.attention.self.query",),
     ):
         model = minilm_shapes()
-        for name in (f"{HEAD}_norm",):  # beside the head, not inside it
-            setattr(model, name, nn.ModuleDict({"dense": nn.Linear(4, 4)}))
+        model.classifier_norm = nn.ModuleDict({"dense": nn.Linear(4, 4)})  # beside the head, not inside it
         config = LoraConfig(target_modules=patterns, modules_to_save=(HEAD,))
         wanted = {name for names in find_targets(model, config).adapted.values() for name in names}
         got = step.inject(model, patterns, _Wrapped, HEAD)
@@ -93,16 +92,18 @@ def check_same_parameters(step: ModuleType) -> None:
     step.inject(model, ("query", "value"), lambda linear: layer(linear, r=8, lora_alpha=16), HEAD)
     for name, weight in weights.items():
         if model.get_submodule(name.removesuffix(".weight")).weight is not weight:
-            raise CheckError(f"{name}", expected="the Parameter of the old layer", got="another one, a copy")
+            raise CheckError(name, expected="the Parameter of the old layer", got="another one, a copy")
     with torch.no_grad():
         expect("the logits of MiniLM with a fresh adapter", model(ids).logits, before, tolerance=0)
 
 
 def check_no_match(step: ModuleType) -> None:
     """A pattern that matches no Linear is an error that names it, and leaves the model unchanged."""
-    for patterns in (("query", "q_proj"), ("LayerNorm",), ("query", "out_proj")):
+    for patterns in (("query", "q_proj"), ("LayerNorm",), ("query", "out_proj"), ("query", HEAD)):
         model = minilm_shapes()
-        why = "A misspelt pattern would train nothing, or less than you think, without a word."
+        if patterns[-1] == HEAD:
+            model.classifier = nn.Linear(4, 4)  # a head may be a Linear itself
+        why = "A misspelt pattern would train nothing, or less than you think, and no message would say so."
         what = f"inject(model, {patterns}, …), where {patterns[-1]!r} matches no nn.Linear outside the head"
         arguments: tuple[Any, ...] = (model, patterns, _Wrapped, HEAD)
         error = expect_error(what, ValueError, step.inject, *arguments, why=why)

@@ -30,13 +30,16 @@ def _merged(layer: Any) -> Tensor:
 
 
 def check_float64(step: ModuleType) -> None:
-    """merged_weight is W + scaling·B·A in float64, for weights of 32 and of 16 bits."""
-    for dtype in (torch.float32, torch.bfloat16):
+    """merged_weight is W + scaling·B·A in float64, for weights of 64, 32 and 16 bits, and leaves W alone."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
         W = torch.randn(SIZE, SIZE).to(dtype)
         A, B = torch.randn(R, SIZE).to(dtype), torch.randn(SIZE, R).to(dtype)
+        wanted, before = W.double() + SCALING * (B.double() @ A.double()), W.clone()
         got = step.merged_weight(W, A, B, SCALING)
         what = f"merged_weight(W, A, B, {SCALING}) for {str(dtype).removeprefix('torch.')}"
-        wanted = W.double() + SCALING * (B.double() @ A.double())
+        if not torch.equal(W, before):
+            why = "double() of a float64 tensor is the tensor itself, so an operation in place changes W."
+            raise CheckError(f"W after {what}", expected="unchanged", got="changed", why=why)
         if not (isinstance(got, Tensor) and got.dtype == torch.float64):
             expect(what, got, wanted, tolerance=0)
         mistakes = {

@@ -6,17 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from learn.checks.models import HEAD, adapted_layers, adapted_tiny_roberta
-from learn.oracle import CheckError, expect_error
+from learn.checks.models import HEAD, adapted_tiny_roberta
+from learn.oracle import CheckError, expect_error, some
+from lora.adapted import lora_layers
 
 
 def _wanted_names(model: nn.Module) -> set[str]:
-    adapters = {f"{name}.{key}" for name in adapted_layers(model) for key in ("lora_A", "lora_B")}
+    adapters = {f"{name}.{key}" for name in lora_layers(model) for key in ("lora_A", "lora_B")}
     return adapters | {name for name in model.state_dict() if name.startswith(f"{HEAD}.")}
-
-
-def _some(names: set[str]) -> str:
-    return ", ".join(sorted(names)[:2]) + (f" and {len(names) - 2} more" if len(names) > 2 else "") or "none"
 
 
 def check_names(step: ModuleType) -> None:
@@ -31,11 +28,13 @@ def check_names(step: ModuleType) -> None:
     if not (missing or extra):
         return
     why = []
-    if missing and all(name.startswith(f"{HEAD}.") for name in missing):
+    if missing and not any(name.startswith(f"{HEAD}.") for name in state):
         why.append(
             "The head is not saved. It was trained from random values that a fresh model does not have: "
             "without it the adapter's features go into a head that knows nothing."
         )
+    elif missing and missing <= {name for name, _ in model.named_buffers()}:
+        why.append("Buffers are missing: the statistics of a normalisation. model.state_dict() has them.")
     if extra:
         why.append(
             "The base is saved too. Everybody has it already: an adapter's file stays small without it."
@@ -43,7 +42,7 @@ def check_names(step: ModuleType) -> None:
     raise CheckError(
         f"the names in adapter_state(model, {HEAD!r})",
         expected=f"{len(wanted)}",
-        got=f"{len(state)}; missing: {_some(missing)}; superfluous: {_some(extra)}",
+        got=f"{len(state)}; missing: {some(missing)}; superfluous: {some(extra)}",
         why="\n".join(why),
     )
 
@@ -110,6 +109,7 @@ def check_strict(step: ModuleType) -> None:
     for change, what in (
         ("missing", "lacks the head's output layer"),
         ("extra", "has a tensor that the model does not have"),
+        ("base", "has a weight of the base"),
         ("shape", "has a tensor of another shape"),
     ):
         state = {k: v.clone() for k, v in adapted_tiny_roberta(seed=1).state_dict().items()}
@@ -121,6 +121,8 @@ def check_strict(step: ModuleType) -> None:
             state[last] = tensor
         if change == "extra":
             state["roberta.pooler.lora_A"] = torch.zeros(2, 2)
+        if change == "base":
+            state["roberta.encoder.layer.0.attention.self.query.weight"] = torch.zeros(32, 32)
         if change == "shape":
             state[f"{HEAD}.out_proj.weight"] = torch.zeros(5, 32)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

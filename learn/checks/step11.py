@@ -55,8 +55,8 @@ def check_outputs(step: ModuleType) -> None:
         yours.lora_A.copy_(ours.lora_A)
         yours.lora_B.copy_(ours.lora_B)
     x = torch.randn(5, 48)
-    for layer in (yours.eval(), ours.eval()):
-        layer.lora_dropout = 0.5
+    yours.eval()
+    ours.eval()
     expect("forward in eval mode", yours(x), ours(x).detach(), tolerance=1e-6)  # float32 sums of 48 products
     with torch.autocast("cpu", torch.bfloat16):
         got, wanted = yours(x), ours(x).detach()

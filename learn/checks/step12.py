@@ -1,21 +1,17 @@
 """The checks of step 12."""
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from learn.checks.models import adapted_layers
 from learn.checks.step11 import YOURS
 from learn.course import folder_of
 from learn.oracle import expect, expect_value
+from lora.adapted import lora_layers
 from lora.anatomy import delta_svd, effective_rank, svd
-from model import speed_up
-from train.batches import encode
-from train.data import load_news
-from train.hardware import resolve_device, resolve_precision
-from train.inference import predict_logits
-from train.metrics import Scores
+from train.inference import TestSplit
 from train.runs import SUMMARY, run_recipe
 from train.trained import load_trained
 
@@ -75,6 +71,8 @@ def check_cut(step: ModuleType) -> None:
         shapes = tuple(tuple(each.shape) for each in cut)
         swapped = {"The two factors are swapped: return A, then B.": ((32, rank), (rank, 24))}
         expect_value(f"the shapes of cut(A, B, {rank})", shapes, ((rank, 24), (32, rank)), swapped)
+        dtypes = {each.dtype for each in cut}
+        expect_value(f"the dtypes of cut(A, B, {rank})", dtypes, {torch.float64})
         best = svd(product)
         mistakes = {
             "These are the first rows of A and columns of B, not the strongest directions of B·A.": (
@@ -94,12 +92,9 @@ def check_run(step: ModuleType) -> str:
     if not (folder / SUMMARY).is_file():
         return f"There is no run in {folder.name}, so nothing is measured. `make learn STEP=11` trains one."
     recipe, trained = run_recipe(folder), load_trained(folder)
-    news = load_news(recipe.data, recipe.validation_fraction, recipe.seed)
-    rows = encode(news.test, trained.tokenizer, trained.max_length_tokens)
-    device = resolve_device(recipe.device)
-    precision = resolve_precision(recipe.precision, device)
-    speed_up(trained.model.to(device), precision)
-    layers = adapted_layers(trained.model).values()
+    test_set = TestSplit.of(trained, recipe)
+    test_set.prepare(trained.model)
+    layers: list[Any] = list(lora_layers(trained.model).values())
     ranks = [
         step.effective_rank(step.singular_values(each.lora_A.detach(), each.lora_B.detach(), each.scaling))
         for each in layers
@@ -109,13 +104,11 @@ def check_run(step: ModuleType) -> str:
     for rank in (recipe.r, 1, 0):
         with torch.no_grad():
             for layer, (A, B) in zip(layers, start, strict=True):
-                thin_A, thin_B = (each.to(A) for each in step.cut(A, B, rank))
-                layer.lora_A.zero_()[:rank] = thin_A
-                layer.lora_B.zero_()[:, :rank] = thin_B
-        pad, size = trained.tokenizer.pad_token_id, 2 * recipe.batch_size
-        logits = predict_logits(trained.model, rows, size, pad, device, precision)
-        scores = Scores.of(rows.labels, logits.argmax(1).numpy(), len(news.labels))
-        found.append(f"{scores.accuracy:.1%} with rank {rank}")
+                layer.lora_A.zero_()
+                layer.lora_B.zero_()
+                if rank:
+                    layer.lora_A[:rank], layer.lora_B[:, :rank] = step.cut(A, B, rank)
+        found.append(f"{test_set.score(trained.model)['accuracy']:.1%} with rank {rank}")
     return (
         f"Effective rank of ΔW: {min(ranks):.1f} to {max(ranks):.1f} in {len(ranks)} layers of rank "
         f"{recipe.r}. Test accuracy: {', '.join(found)}."

@@ -1,6 +1,7 @@
 """The checks of the bonus."""
 
 from types import ModuleType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +85,9 @@ def check_llama(step: ModuleType) -> None:
         expect_value("the names that adapt_llama returns", names, wanted)
         expect("the logits with a fresh adapter", model(ids).logits, before, tolerance=0)
         for name in names:
-            model.get_submodule(name).lora_B.normal_()
+            layer: Any = model.get_submodule(name)
+            expect_value(f"r and scaling of {name}", (len(layer.lora_A), layer.scaling), (4, 8 / 4))
+            layer.lora_B.normal_()
         if torch.equal(model(ids).logits, before):
             raise CheckError("the logits after a change of lora_B", expected="other values", got="the same")
 

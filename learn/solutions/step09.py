@@ -1,4 +1,4 @@
-"""Step 9: the head. Why it must train, and travel along."""
+"""Step 9: the head. Why it must train, and be saved with the adapter."""
 
 import torch
 from torch import Tensor, nn
