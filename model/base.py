@@ -145,6 +145,8 @@ def _from_folder(folder: Path, settings: dict[str, Any]) -> tuple[Any, Any]:
         raise
     except Exception as error:  # transformers, safetensors and tokenizers raise many types for a bad folder
         raise ModelError(f"{folder}: cannot be loaded: {first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(f"{folder}: {type(tokenizer).__name__} is not supported; it needs a tokenizer.json")
     misshapen = sorted(str(key) for key in report["mismatched_keys"] if "classifier." not in str(key))
     if misshapen:
         raise ModelError(f"{folder}: {misshapen[0]} does not have the shape given by config.json")

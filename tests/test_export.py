@@ -42,6 +42,30 @@ def test_the_exported_logits_are_the_merged_models_bit_for_bit(run, tmp_path, ca
     assert not any("lora" in key for key in plain.state_dict())
 
 
+@torch.no_grad()
+def test_what_the_base_was_made_for_does_not_matter_to_the_export(run, tmp_path, monkeypatch):
+    """A base for several labels at once, whose tokenizer pads on the left, where the head reads."""
+    texts, trained = ["rates", TEXTS[1]], load_trained(run, text=True)
+    merge(trained.model)
+    alone = [trained.tokenizer(text, truncation=True, max_length=16, return_tensors="pt") for text in texts]
+    wanted = torch.cat([trained.model(**each).logits for each in alone])
+
+    def load(*args, **kwargs):
+        found = load_trained(*args, **kwargs)
+        found.model.config.problem_type = "multi_label_classification"
+        found.tokenizer.padding_side = "left"
+        return found
+
+    monkeypatch.setattr(export, "load_trained", load)
+    assert export.main([str(run), str(tmp_path / "out")]) == 0
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out").eval()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    batch = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    assert not batch["attention_mask"].all()
+    torch.testing.assert_close(plain(**batch).logits, wanted, rtol=0, atol=1e-5)  # float32, padded
+    assert plain.config.problem_type == "single_label_classification"
+
+
 def test_a_pipeline_uses_it_with_no_code_of_ours(run, tmp_path):
     assert export.main([str(run), str(tmp_path / "out")]) == 0
     script = (

@@ -57,6 +57,15 @@ def test_labels_and_dropout_reach_the_model():
     assert not model.training
 
 
+def test_a_tokenizer_in_python_is_a_clear_error(hub_folder, monkeypatch):
+    class SlowTokenizer:
+        is_fast = False
+
+    monkeypatch.setattr("model.base.AutoTokenizer.from_pretrained", lambda folder: SlowTokenizer())
+    with pytest.raises(ModelError, match=r"SlowTokenizer is not supported; it needs a tokenizer\.json"):
+        load_base(str(hub_folder), num_labels=3)
+
+
 def test_a_folder_loads_with_its_tokenizer_and_a_head_drawn_from_the_seed(hub_folder):
     model, tokenizer = load_base(str(hub_folder), num_labels=3, seed=1)
     again, _ = load_base(str(hub_folder), num_labels=3, seed=1)

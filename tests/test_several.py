@@ -283,6 +283,18 @@ def test_combine_says_what_is_wrong(arguments, message, tmp_path, capsys):
     assert not (tmp_path / "sum").exists()
 
 
+def test_a_combination_that_cannot_be_written_leaves_nothing(place, capsys, monkeypatch):
+    def fail(_adapters, _name, folder, *_):
+        folder.mkdir()
+        (folder / "part").touch()
+        raise OSError("no space left")
+
+    monkeypatch.setattr("lora.Adapters.save", fail)
+    assert combine.main(["news:1", "--output", "sum"]) == 2
+    assert "no space left" in capsys.readouterr().err
+    assert not (place / "sum").exists()
+
+
 def test_nothing_is_overwritten(place, capsys):
     before = {path: path.read_bytes() for path in (place / "tone").iterdir()}
     assert combine.main(["news:1", "--output", "tone"]) == 2

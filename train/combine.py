@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -63,7 +64,11 @@ def combine_runs(weights: Mapping[str, float], folder: Path, rank: int | None = 
     try:
         lost = combine(adapters, name, weights, rank)
         note = {key: value for key, value in first.note.items() if key != "layer"}  # it is plain LoRA
-        adapters.save(name, folder, str(first.content.base), "SEQ_CLS", note)
+        try:
+            adapters.save(name, folder, str(first.content.base), "SEQ_CLS", note)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)  # it was empty or new
+            raise
     except (RuntimeError, ValueError) as error:  # ΔW of a DoRA, a weight or a sum that is not finite
         raise RunError(str(error)) from error
     for other, adapter in read.items():

@@ -48,8 +48,12 @@ def export(run: Path, folder: Path) -> None:
         except ValueError as error:  # the merged weight is not finite
             raise RunError(f"{run}: {error}") from error
     dequantise(trained.model)
-    trained.model.config.architectures = [type(trained.model).__name__]
+    config = trained.model.config
+    config.architectures = [type(trained.model).__name__]
+    if config.num_labels > 1:  # a pipeline's scores are then probabilities, whatever the base was trained for
+        config.problem_type = "single_label_classification"
     trained.tokenizer.model_max_length = trained.max_length_tokens  # as in training
+    trained.tokenizer.padding_side = "right"  # because the head reads the first token
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

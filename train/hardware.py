@@ -29,7 +29,10 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cuda":
         name = f"cuda:{local_rank}"
     device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        if local_rank and local_rank == device.index:
+            words = f"there is no GPU for process {local_rank + 1} of this machine, which has {count}"
+            raise RecipeError(f"device: {words}")
         raise RecipeError(f'device: there is no {name} here; device = "auto" uses what is available')
     return device
 

@@ -220,6 +220,9 @@ def _train(
                     checkpoint()
                 if stop:
                     raise InterruptedRunError(stop)
+            # A signal during the last checkpoint.
+            if stop := world.max_over_processes(received[0] if received else 0):
+                raise InterruptedRunError(stop)
         except TrainingError as error:
             saved = list_checkpoints(folder / CHECKPOINT)
             last = f"the last good checkpoint is {saved[-1]}" if saved else "there is no checkpoint yet"

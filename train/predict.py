@@ -83,8 +83,8 @@ def _print_predictions(run: str, named: list[str], given: list[str], as_json: bo
     if not given and sys.stdin is None:
         return print_error("stdin is closed; give a TEXT")
     if not given and isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8", errors="strict")  # whatever the locale
-    lines = given or (line.rstrip("\n") for line in sys.stdin)
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # whatever the locale
+    lines = given or (line.rstrip("\r\n") for line in sys.stdin)
     names = tuple(trained)
     requests = _parse_json_lines(lines, names) if jsonl else ((line, names) for line in lines)
     # On a terminal each line is answered at once; a pipe is read in batches.

@@ -75,7 +75,7 @@ def summary_text(summary: dict[str, Any], folder: Path) -> str:
     lora = f", {summary['lora_parameters']:,} of them LoRA" if summary["lora_parameters"] else ""
     share = summary["trainable_parameters"] / summary["total_parameters"]
     rows = sum(map(sum, summary["test_confusion_matrix"]))
-    worst = min(summary["test_report"], key=lambda row: row["f1"])
+    worst = min((row for row in summary["test_report"] if row["rows"]), key=lambda row: row["f1"])
     trained = "adapter/" if summary["method"] == "lora" else "weights.safetensors"
     is_news = is_bbc(summary["data"]) or summary["data"] == "ag_news"
     example = "Shares rose after the bank cut its rates." if is_news else "your text"
