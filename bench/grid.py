@@ -167,7 +167,6 @@ class Results:
 
     def __init__(self, path: Path):
         self._path = path
-        self._lock = threading.Lock()
         self._file = self._read()
 
     def _read(self) -> dict[str, Any]:
@@ -195,8 +194,8 @@ class Results:
             result = cell.run()
             for folder in (self._path.parent, RUNS):
                 folder.mkdir(parents=True, exist_ok=True)
-            with self._lock, (RUNS / "cells.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with (RUNS / "cells.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # against other threads too: each has opened the file itself
                 cells[cell.key] = result
                 now = self._read()  # with what other processes have added
                 for kind in ("methods", "data"):

@@ -22,7 +22,7 @@ from bench.steps import (
     time_in_turn,
     time_once,
 )
-from bench.tables import prose, spread
+from bench.tables import prose, spread, timing
 from lora import eject, inject, load_adapter, merge, save_adapter, unmerge
 from lora.adapted import product_layers
 from model import load_base, speed_up
@@ -78,7 +78,7 @@ def table(result: dict[str, Any]) -> str:
 
     def cell(batch: dict[str, Any], state: str) -> str:
         time, base = batch["milliseconds"][state], batch["milliseconds"]["base"]
-        return f"{quantity(time['median'])} ({spread(time)}), {ratio(time, base):.2f}"
+        return f"{timing(time)}, {ratio(time, base):.2f}"
 
     heads = [f"{batch['rows']} x {result['length']} tokens, ms" for batch in result["batches"]]
     states = [

@@ -59,7 +59,7 @@ def _model_table(rows: dict[str, dict[str, Any]]) -> str:
         saved = numbers["full"] - numbers["lora"]
         return [name, *(mebibytes(each) for each in numbers.values()), mebibytes(saved)]
 
-    def held(row: dict[str, Any], without: Sequence[str] = ()) -> int:
+    def held(row: dict[str, Any], without: Sequence[str]) -> int:
         return sum(size for key, size in row["components"].items() if key not in without)
 
     first = rows["full"]

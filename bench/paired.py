@@ -47,7 +47,6 @@ def compare(data: str, finished: Sequence[Trained], references: Sequence[str]) -
         **{key: result[key] for key in ("train_articles", "precision")},
         "device": " or ".join(sorted({each["device"] for each in results if "device" in each})),
         **{key: settings[key] for key in ("model", "epochs", "batch_size", "max_length_tokens")},
-        "comparisons": len(tested),
         "runs": len(results),
         "hours": sum(result.get("train_seconds", 0) for result in results) / 3600,
         "rows": rows,

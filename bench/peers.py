@@ -29,7 +29,7 @@ from bench.steps import (
     time_in_turn,
     time_once,
 )
-from bench.tables import prose, spread
+from bench.tables import prose, spread, timing
 from lora import LoRALinear, eject, inject, load_adapter, save_adapter
 from lora.adapted import product_layers
 from model import load_base
@@ -166,16 +166,12 @@ def table(result: dict[str, Any]) -> str:
         parts.append(
             prose(
                 f"Loading a saved adapter into {result['loading']['model']}, with files and base checked:"
-                f" {_time(load['here'])} ms here, and {_time(load['here, base unchecked'])} ms with"
-                f" check_base=False; {_time(load['peft'])} ms by PEFT, which checks neither. Medians, and"
+                f" {timing(load['here'])} ms here, and {timing(load['here, base unchecked'])} ms with"
+                f" check_base=False; {timing(load['peft'])} ms by PEFT, which checks neither. Medians, and"
                 " quartiles in brackets."
             )
         )
     return "\n\n".join([prose(f"{result['device']}."), *parts])
-
-
-def _time(times: dict[str, float]) -> str:
-    return f"{quantity(times['median'])} ({spread(times)})"
 
 
 def _variants_table(found: dict[str, Any]) -> list[str]:

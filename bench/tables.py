@@ -18,6 +18,11 @@ def bullets(lines: Sequence[str]) -> str:
     return "\n".join(textwrap.indent(prose(line), "  ").replace("  ", "- ", 1) for line in lines)
 
 
+def timing(times: Mapping[str, float]) -> str:
+    """The median of a result of `bench.steps.milliseconds`, and its quartiles: 1.30 (1.23-1.45)."""
+    return f"{quantity(times['median'])} ({spread(times)})"
+
+
 def spread(times: Mapping[str, float]) -> str:
     """The quartiles of a result of `bench.steps.milliseconds`: 1.23-1.45."""
     return f"{quantity(times['low'])}-{quantity(times['high'])}"

@@ -27,7 +27,7 @@ from bench.steps import (
     ratio,
     time_once,
 )
-from bench.tables import prose, spread
+from bench.tables import prose, timing
 from lora import count_parameters
 from model import HEAD
 from model.fast import DTYPES
@@ -79,20 +79,11 @@ def table(result: dict[str, Any]) -> str:
     def line(name: str, value: Any) -> list[str]:
         return [name, *(value(cell) for cell in cells)]
 
-    def over(key: str) -> list[str]:
-        """The step over full fine-tuning's, or over another time of the same mode."""
-        found = []
-        for row, kind in columns:
-            times = row["modes"][kind]["milliseconds"]
-            other = row["modes"]["full"]["milliseconds"]["step"] if key == "full" else times[key]
-            found.append(f"{ratio(times['step'], other):.2f}")
-        return found
-
     def time(cell: dict[str, Any], phase: str) -> str:
         return quantity(cell["milliseconds"][phase]["median"])
 
-    def step(cell: dict[str, Any]) -> str:
-        return f"{time(cell, 'step')} ({spread(cell['milliseconds']['step'])})"
+    def over(cell: dict[str, Any], other: dict[str, Any], key: str) -> str:
+        return f"{ratio(cell['milliseconds']['step'], other['milliseconds'][key]):.2f}"
 
     shapes = ", ".join(
         f"{row['model']} at {row['rows']} x {row['length']} tokens" for row in result["models"]
@@ -112,9 +103,12 @@ def table(result: dict[str, Any]) -> str:
                     line("- LoRA", lambda cell: f"{cell['parameters']['lora']:,}"),
                     line("- head", lambda cell: f"{cell['parameters']['head']:,}"),
                     line("saved on disk", lambda cell: size(cell["checkpoint_bytes"])),
-                    line("step, ms", step),
+                    line("step, ms", lambda cell: timing(cell["milliseconds"]["step"])),
                     *(line(f"- {phase}", lambda cell, phase=phase: time(cell, phase)) for phase in PHASES),
-                    ["step / full fine-tuning's", *over("full")],
+                    [
+                        "step / full fine-tuning's",
+                        *(over(row["modes"][kind], row["modes"]["full"], "step") for row, kind in columns),
+                    ],
                     ["examples per second", *(_rate(row, kind, row["rows"]) for row, kind in columns)],
                     [
                         "tokens per second",
@@ -122,7 +116,7 @@ def table(result: dict[str, Any]) -> str:
                     ],
                     line("its matrix products alone, ms", lambda cell: time(cell, "products")),
                     line("- GFLOP/s", lambda cell: quantity(cell["products_gflops"])),
-                    ["step / its matrix products", *over("products")],
+                    line("step / its matrix products", lambda cell: over(cell, cell, "products")),
                 ]
             ),
             *(prose(_saving(row)) for row in result["models"]),

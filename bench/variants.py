@@ -225,8 +225,7 @@ def _cost_table(result: dict[str, Any]) -> list[str]:
 
 
 def _over_lora(cost: dict[str, Any], name: str) -> float:
-    times = {each: step["milliseconds"] for each, step in cost["methods"].items()}
-    return ratio(times[name], times[LORA])
+    return ratio(*(cost["methods"][each]["milliseconds"] for each in (name, LORA)))
 
 
 def short_table(result: dict[str, Any]) -> str:

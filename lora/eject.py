@@ -56,7 +56,10 @@ def eject(model: nn.Module, merge: bool = False, dtype: torch.dtype | None = Non
 
 
 def _merged_weights(model: nn.Module, dtype: torch.dtype) -> dict[MergeableLinear, Tensor]:
-    """W + ΔW of each layer in `dtype`, in the layout of its weight. Raises ValueError."""
+    """W + ΔW of each layer in `dtype`, in the layout of its weight.
+
+    Raises RuntimeError if another tensor shares a weight, which would differ then; ValueError as `eject`.
+    """
     layers, weights = lora_layers(model), {}
     refuse_shared(model, layers)
     for name, layer in layers.items():

@@ -116,7 +116,7 @@ def why_not_writable(tensor: Tensor) -> str:
 
 
 def refuse_shared(model: nn.Module, layers: dict[str, MergeableLinear]) -> None:
-    """Raises RuntimeError if an adapted weight shares memory: merging would change the other tensor too."""
+    """Raises RuntimeError if an adapted weight shares memory with another tensor."""
     spans: list[tuple[str, int, int, str, Tensor]] = []  # device, first and last byte, name, tensor
     for name, module in unique_modules(model).items():
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):

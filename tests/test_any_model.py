@@ -179,8 +179,9 @@ def test_gpt2s_conv1d_is_adapted_merged_saved_and_given_back(input_ids, tmp_path
 def test_a_tied_weight_is_refused_when_merged_and_named(input_ids):
     model = gpt2()
     inject(model, LoraConfig(target_modules=("lm_head",)))
-    with pytest.raises(RuntimeError, match="wte.weight and lm_head.weight share"):
-        merge(model)
+    for action in (merge, lambda model: eject(model, merge=True, dtype=torch.float32)):
+        with pytest.raises(RuntimeError, match="wte.weight and lm_head.weight share"):
+            action(model)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import torch
 from conftest import randomise_adapter, tiny_roberta
 
 from lora import AdapterError, LoRALinear, inject, load_adapter, save_adapter
+from lora.adapted import has_adapter
 from lora.files import CONFIG_FILE, TENSOR_FILE
 
 CASES = 520
@@ -54,6 +55,27 @@ def damage(data: bytes, rng: random.Random) -> bytes:
         length = rng.randrange(1, 64)
         changed[at : at + length] = bytes(len(changed[at : at + length]))
     return bytes(changed)
+
+
+def load_damaged(intact, folder, make_base, wanted, input_ids, times) -> int:
+    """Loads damaged copies of an adapter's folder into a base: an error each, or the outputs `wanted`.
+
+    Returns the number of errors.
+    """
+    rng, target, caught = random.Random(1), make_base(), 0
+    for _ in range(times):
+        shutil.copytree(intact, folder, dirs_exist_ok=True)
+        name = CONFIG_FILE if rng.random() < 0.2 else TENSOR_FILE
+        (folder / name).write_bytes(damage((intact / name).read_bytes(), rng))
+        try:
+            load_adapter(target, folder)
+        except (AdapterError, FileNotFoundError):
+            caught += 1
+            assert not has_adapter(target)
+        else:
+            assert torch.equal(target(input_ids).logits, wanted)
+            target = make_base()
+    return caught
 
 
 @torch.no_grad()

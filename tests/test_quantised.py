@@ -7,7 +7,6 @@ import copy
 import dataclasses
 import json
 import os
-import random
 import shutil
 import signal
 
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from conftest import content, randomise_adapter, tiny_roberta
 from test_adapters import five_adapters, logits
 from test_any_model import gpt2, process_group
-from test_fuzz import damage
+from test_fuzz import load_damaged
 from test_variant import COMPUTED, config_of, randomise
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -694,18 +693,7 @@ def test_damaged_files_are_caught_or_harmless(adapted, input_ids, tmp_path):
     intact, folder = tmp_path / "intact", tmp_path / "damaged"
     save_adapter(adapted, intact, base="tiny")
     precision, wanted = adapted.get_submodule(QUERY).weight.stored.name, adapted(input_ids).logits
-    rng, target = random.Random(1), base(precision)
-    for _ in range(20):
-        shutil.copytree(intact, folder, dirs_exist_ok=True)
-        name = rng.choice((CONFIG_FILE, TENSOR_FILE))
-        (folder / name).write_bytes(damage((intact / name).read_bytes(), rng))
-        try:
-            load_adapter(target, folder)
-        except (AdapterError, FileNotFoundError):
-            assert not has_adapter(target)
-        else:
-            assert torch.equal(target(input_ids).logits, wanted)
-            target = base(precision)
+    load_damaged(intact, folder, lambda: base(precision), wanted, input_ids, 20)
 
 
 # --- what is refused ----------------------------------------------------------------------------------

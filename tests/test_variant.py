@@ -7,15 +7,13 @@ taken through the same life without a change in `lora/`.
 import copy
 import dataclasses
 import os
-import random
-import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import tiny_roberta
-from test_fuzz import damage
+from test_fuzz import load_damaged
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
@@ -296,19 +294,7 @@ def test_damaged_files_are_caught_or_harmless(adapted, input_ids, tmp_path):
     intact, folder = tmp_path / "intact", tmp_path / "damaged"
     save_adapter(adapted, intact, base="tiny")
     wanted = adapted(input_ids).logits
-    rng, target, caught = random.Random(1), tiny_roberta(), 0
-    for _ in range(DAMAGED):  # test_fuzz.py has more of LoRA
-        shutil.copytree(intact, folder, dirs_exist_ok=True)
-        name = CONFIG_FILE if rng.random() < 0.2 else TENSOR_FILE
-        (folder / name).write_bytes(damage((intact / name).read_bytes(), rng))
-        try:
-            load_adapter(target, folder)
-        except (AdapterError, FileNotFoundError):
-            caught += 1
-            assert not any(isinstance(module, LoRALinear) for module in target.modules())
-        else:
-            assert torch.equal(target(input_ids).logits, wanted)
-            target = tiny_roberta()
+    caught = load_damaged(intact, folder, tiny_roberta, wanted, input_ids, DAMAGED)  # test_fuzz.py has more
     assert caught > DAMAGED * 2 / 3  # the damage is real
 
 
@@ -456,6 +442,10 @@ def test_pissa_and_milora_start_at_the_two_ends_of_the_spectrum(variant, part):
     assert not layer.delta_weight().any()
     with pytest.raises(ValueError, match="r: 13 is more than 12"):
         layer_of(variant, r=13)
+    with torch.no_grad():
+        layer.weight.zero_()
+    with pytest.raises(ValueError, match="would start is 0"):
+        type(layer)(layer.to_linear(), r=2, lora_alpha=2)
 
 
 def test_the_layers_of_vera_share_one_pair_also_after_a_copy_and_a_move(input_ids, tmp_path):

@@ -70,16 +70,19 @@ def keep_freed_memory() -> None:
     an eighth of a step of full fine-tuning, a hundredth of LoRA's (bench/NOTES.md). Peak memory stays within
     a few percent.
     """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
+    if libc := _glibc():
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def return_freed_memory() -> None:
     """Makes glibc's malloc return freed memory to the system once. Does nothing with another C library."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
 
 
 @contextlib.contextmanager

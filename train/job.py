@@ -211,17 +211,20 @@ def _train(
             save_checkpoint(folder / CHECKPOINT, trainer, identity)
 
     with deferred_signals(world.size) as received:
+
+        def first_signal() -> int:
+            return world.max_over_processes(received[0] if received else 0)
+
         try:
             for line in trainer.epochs():
                 console.step(state.examples, line)
-                stop = world.max_over_processes(received[0] if received else 0)
+                stop = first_signal()
                 epoch_ended = state.step_in_epoch == 0
                 if epoch_ended or state.step % trainer.recipe.checkpoint_every_steps == 0 or stop:
                     checkpoint()
                 if stop:
                     raise InterruptedRunError(stop)
-            # A signal during the last checkpoint.
-            if stop := world.max_over_processes(received[0] if received else 0):
+            if stop := first_signal():  # during the last checkpoint
                 raise InterruptedRunError(stop)
         except TrainingError as error:
             saved = list_checkpoints(folder / CHECKPOINT)

@@ -35,8 +35,8 @@ class PiSSALinear(LoRALinear):
     """An nn.Linear with a PiSSA adapter: x (..., in) -> (..., out).
 
     Differs from LoRALinear by the start of lora_A and lora_B, and by the buffers `start_A` (r, in) and
-    `start_B` (out, r), in the dtype of lora_A. A direction whose singular value is 0 gets no gradient. Raises
-    ValueError if r exceeds the number of singular values.
+    `start_B` (out, r), in the dtype of lora_A. Raises ValueError if r exceeds the number of singular values,
+    or if one at which the adapter would start is 0: its direction would get no gradient.
     """
 
     adapter_tensors = (*LoRALinear.adapter_tensors, "start_A", "start_B")
