@@ -13,6 +13,8 @@ from lora import LoraConfig
 from lora.inject import find_targets
 from lora.modules import train_only
 from lora.targets import all_linear
+from model.fast import DTYPES
+from train.hardware import resolve_device, resolve_precision
 
 
 def with_peft(model: Any, config: LoraConfig) -> Any:
@@ -35,8 +37,8 @@ def with_peft(model: Any, config: LoraConfig) -> Any:
 def with_peft_nf4(model: Any, config: LoraConfig) -> Any:
     """`with_peft` on a base whose linear layers bitsandbytes has stored in NF4, as QLoRA does."""
     import bitsandbytes
-    import torch
 
+    compute_dtype = DTYPES[resolve_precision("auto", resolve_device("auto"))]
     settings = {"quant_type": "nf4", "compress_statistics": True}
     for name in all_linear(model):
         if not name.startswith(config.modules_to_save):
@@ -45,7 +47,7 @@ def with_peft_nf4(model: Any, config: LoraConfig) -> Any:
                 linear.in_features,
                 linear.out_features,
                 linear.bias is not None,
-                compute_dtype=torch.bfloat16,
+                compute_dtype=compute_dtype,
                 **settings,
             )
             stored.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, **settings)
