@@ -325,7 +325,7 @@ def figures(result: dict[str, Any], folder: Path) -> None:
     """base.png: memory by component, time of a step, and difference of accuracy, by storage."""
     shape = result["shapes"][0]
     kinds = shape["kinds"]
-    figure, ((memory, times, points),) = plotting.panels(1, 3, 4.6, 3.4)
+    figure, ((memory, times, points),) = plotting.panels(1, 3, 5.2, 3.4)
     for at, row in enumerate(kinds.values()):
         stack_components(memory, at, row["components"], width=0.6)
         middle, low, high = (row["milliseconds"][key] for key in ("median", "low", "high"))
