@@ -15,6 +15,7 @@ import torch
 
 from bench.baselines import BASELINES, adapted_layer, head, installed
 from bench.steps import (
+    ALL_LINEAR,
     CLASSES,
     CONFIG,
     QUICK_SHAPES,
@@ -41,6 +42,8 @@ VARIANTS = {
     "LoRA": CONFIG,
     "DoRA": replace(CONFIG, use_dora=True),
     "LoRA-FA": replace(CONFIG, use_lora_fa=True),
+    "LoRA on all linear": replace(CONFIG, target_modules=ALL_LINEAR),
+    "LoRA-FA on all linear": replace(CONFIG, target_modules=ALL_LINEAR, use_lora_fa=True),
 }
 NAMES = {"lora": "here", "full": "full fine-tuning here", "peft": "PEFT", "loralib": "loralib"}
 
@@ -190,6 +193,14 @@ def _variants_table(found: dict[str, Any]) -> list[str]:
         )
     text = f"Variants of LoRA: {found['model']}, {found['rows']} x {found['length']} tokens,"
     text += f" {found['precision']}, {found['rounds']} interleaved rounds."
+    fa, more, all_fa = (
+        found["models"][f"{name}, {NAMES['lora']}"]["activations"]
+        for name in ("LoRA-FA", "LoRA on all linear", "LoRA-FA on all linear")
+    )
+    text += (
+        f" LoRA-FA's saved activations are {fa / lora['activations']:.2f} of LoRA's, where query and value"
+        f" share one saved input, and {all_fa / more:.2f} on all linear layers."
+    )
     if "DoRA, PEFT" in found["models"]:
         here, peft = (found["models"][f"DoRA, {NAMES[kind]}"] for kind in ("lora", "peft"))
         over = ratio(peft["milliseconds"], here["milliseconds"])

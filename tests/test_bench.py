@@ -333,8 +333,12 @@ def test_a_baseline_that_is_not_installed_is_left_out_by_name(monkeypatch, capsy
     for row in result["rows"]:
         assert set(row["memory_bytes"]) == set(row["milliseconds"]) - {"products"} == {"lora", "full"}
         row["milliseconds"]["lora"]["median"], row["milliseconds"]["full"]["median"] = 50.0, 70.0
-    assert "1.40" in peers.table({"device": "a CPU", **result})
-    assert "PEFT" not in peers.table({"device": "a CPU", **result})
+    saved = {name: row["activations"] for name, row in result["variants"]["models"].items()}
+    everywhere = saved["LoRA-FA on all linear, here"] / saved["LoRA on all linear, here"]
+    assert everywhere < saved["LoRA-FA, here"] / saved["LoRA, here"] < 1
+    text = peers.table({"device": "a CPU", **result})
+    assert "1.40" in text
+    assert "PEFT" not in text
 
 
 def test_many_adapters_are_compared_without_peft_where_it_is_not_installed(monkeypatch, capsys, tmp_path):
