@@ -98,14 +98,14 @@ METHODS = (
     Method("LoRA r=1", _lora(r=1), -12),
     Method("LoRA r=64", _lora(r=64), -11),
     Method("LoRA r=8, all linear", _lora(target_modules=ALL_LINEAR), -12, on_all=True),
-    Method("rsLoRA r=64", _lora(r=64, use_rslora=True), -13),
+    Method("rsLoRA r=64", _lora(r=64, use_rslora=True), -14),
     Method("DoRA", _lora(use_dora=True), -11, on_all=True),
-    Method("PiSSA", _lora(init_lora_weights="pissa"), -13, on_all=True),
-    Method("MiLoRA", _lora(init_lora_weights="milora"), -11),
-    Method("EVA", _lora(init_lora_weights="eva"), -12),
-    Method("LoRA+", _lora(loraplus_lr_ratio=16), -14, on_all=True),
-    Method("LoRA-FA", _lora(use_lora_fa=True), -10),
-    Method("VeRA r=256", _lora(r=256, peft_type="VERA"), -7),
+    Method("PiSSA", _lora(init_lora_weights="pissa"), -14, on_all=True),
+    Method("MiLoRA", _lora(init_lora_weights="milora"), -13),
+    Method("EVA", _lora(init_lora_weights="eva"), -13),
+    Method("LoRA+", _lora(loraplus_lr_ratio=16), -15, on_all=True),
+    Method("LoRA-FA", _lora(use_lora_fa=True), -12),
+    Method("VeRA r=256", _lora(r=256, peft_type="VERA"), -8),
 )
 
 
