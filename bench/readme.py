@@ -1,11 +1,11 @@
-"""python -m bench.readme: writes the measured parts of README.md and bench/README.md from bench/results.
+"""python -m bench.readme: writes the measured parts of the PAGES from bench/results.
 
 A measured part is between two markers, each on its own line:
 
     <!-- bench:NAME -->
     <!-- /bench -->
 
-NAME is "summary", or the path of a JSON file in bench/results without its suffix: throughput, or
+NAME is one of EXCERPTS, or the path of a JSON file in bench/results without its suffix: throughput, or
 cuda/throughput.
 """
 
@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench import RESULTS
+from bench import RESULTS, variants
 from bench.__main__ import PARTS, REUSING_RUNS
 from bench.merging import changed
 from bench.steps import held_bytes
@@ -25,7 +25,8 @@ from bench.tables import prose
 from train.tables import markdown, mebibytes, quantity, size
 
 _BENCH = Path(__file__).parent
-PAGES = (_BENCH.parent / "README.md", _BENCH / "README.md")
+_ROOT = _BENCH.parent
+PAGES = (_ROOT / "README.md", _BENCH / "README.md", _ROOT / "lora" / "variants" / "README.md")
 _BLOCK = re.compile(r"(<!-- bench:(\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -34,7 +35,7 @@ def main() -> int:
     for page in PAGES:
         text = page.read_text(encoding="utf-8")
         for name in names(text):
-            if name != "summary" and not (RESULTS / f"{name}.json").is_file():
+            if name not in EXCERPTS and not (RESULTS / f"{name}.json").is_file():
                 print(f"{name}: no results yet", file=sys.stderr)
         page.write_text(rewritten(text, RESULTS), encoding="utf-8")
     return 0
@@ -51,8 +52,8 @@ def rewritten(text: str, results: Path) -> str:
 
 
 def _measured(name: str, results: Path) -> str:
-    if name == "summary":
-        return summary(results)
+    if name in EXCERPTS:
+        return EXCERPTS[name](results)
     path = results / f"{name}.json"
     if not path.is_file():
         return f"Not measured yet: there is no `bench/results/{name}.json`."
@@ -125,6 +126,14 @@ def summary(results: Path) -> str:
         ]
     )
 
+
+def variants_in_short(results: Path) -> str:
+    """The table of lora/variants/README.md: what each variant costs and brings."""
+    result = json.loads((results / "variants.json").read_text(encoding="utf-8"))
+    return variants.short_table(result)
+
+
+EXCERPTS = {"summary": summary, "variants-in-short": variants_in_short}
 
 if __name__ == "__main__":
     sys.exit(main())

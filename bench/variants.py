@@ -31,6 +31,7 @@ from train.hardware import resolve_device, resolve_precision
 from train.tables import markdown, mebibytes, quantity, size
 
 LEVEL = 0.05
+FAILED = 2  # times the validation loss at the selected rate
 
 
 def run(quick: bool, data: str | None = None) -> dict[str, Any]:
@@ -158,18 +159,27 @@ def conclusions(found: dict[str, Any]) -> list[str]:
         if edges
         else "Each selected rate had a worse one on either side."
     )
-    diverged = [
+    failed = [
         f"{row['name']} at {tried['learning_rate']:g}"
         for row in found["rows"]
         for tried in row["sweep"]
-        if tried["loss"] is None
+        if _failed(row, tried)
     ]
-    if diverged:
-        lines.append(f"Training diverged: {'; '.join(diverged)}.")
+    if failed:
+        lines.append(
+            f"Training fails, with a loss that is not finite or more than {FAILED} times that at the selected"
+            f" rate: {'; '.join(failed)}."
+        )
     lines.append(
         f"{found['runs']} runs of one thread each, which trained for {found['hours']:.1f} hours, added up."
     )
     return lines
+
+
+def _failed(row: dict[str, Any], tried: dict[str, Any]) -> bool:
+    """Whether training fails at this rate: the validation loss is not finite or FAILED times too high."""
+    (selected,) = (each["loss"] for each in row["sweep"] if each["learning_rate"] == row["learning_rate"])
+    return tried["loss"] is None or tried["loss"] > FAILED * selected
 
 
 def difference_from(found: dict[str, Any], reference: str) -> str:
@@ -277,6 +287,9 @@ def _draw_rates(axis: Any, found: dict[str, Any], key: str, styles: dict[str, An
         selected = [rates.index(row["learning_rate"])]
         values = [tried[key] for tried in row["sweep"]]
         axis.plot(rates, values, label=row["name"], markevery=selected, **styles[row["name"]])
+    kept = [each[key] for row in found["rows"] for each in row["sweep"] if not _failed(row, each)]
+    margin = 0.05 * (max(kept) - min(kept)) or 0.01  # or, where all are equal
+    axis.set_ylim(min(kept) - margin, max(kept) + margin)  # the line of a rate that fails leaves the panel
     axis.set(xscale="log", xlabel="learning rate (marker: selected)", ylabel=f"validation {key}")
     axis.set_title(found["data"])
 

@@ -390,6 +390,18 @@ def test_the_conclusions_name_rates_at_the_edge(result):
     assert "10 runs of one thread each, which trained for 10.0 hours, added up." in text
 
 
+def test_the_conclusions_name_rates_at_which_training_fails(result):
+    (found,) = result["sets"]
+    lora = found["rows"][1]
+    for tried in (*found["rows"][0]["sweep"], *lora["sweep"]):
+        tried["loss"] = 1.0
+    assert "Training fails" not in " ".join(variants.conclusions(found))
+    others = [tried for tried in lora["sweep"] if tried["learning_rate"] != lora["learning_rate"]]
+    others[0]["loss"], others[-1]["loss"] = 2.1, None
+    names = "; ".join(f"LoRA r=8 at {others[i]['learning_rate']:g}" for i in (0, -1))
+    assert f"times that at the selected rate: {names}." in " ".join(variants.conclusions(found))
+
+
 def test_tables_and_figures_are_made_from_the_json_alone(result, tmp_path):
     result = json.loads(json.dumps(result))
     text = variants.table(result)
