@@ -31,6 +31,7 @@ from train.hardware import resolve_device, resolve_precision
 from train.tables import markdown, mebibytes, quantity, size
 
 LEVEL = 0.05
+CHEAPER = 0.95  # at most this share of what LoRA needs
 FAILED = 2  # times the validation loss at the selected rate
 
 
@@ -255,8 +256,33 @@ def short_table(result: dict[str, Any]) -> str:
         f"{sets[0]['model']}, each method at its best learning rate: test accuracy, the difference from"
         f" {LORA} in points with its 95% interval, and p, corrected for the number of comparisons."
     )
-    words += "".join(f" {difference_from(found, LORA)}" for found in sets)
+    words += "".join(f" {difference_from(found, LORA)}" for found in sets) + f" {_cheaper(result)}"
     return "\n\n".join([markdown(lines), prose(words)])
+
+
+def _cheaper(result: dict[str, Any]) -> str:
+    """Which variants need less than LoRA and are on no dataset significantly less accurate, as a sentence."""
+    rows = {row["name"]: row for row in result["sets"][0]["rows"] if row["lora_parameters"]}
+    worse = {
+        row["name"]
+        for found in result["sets"]
+        for row in found["rows"]
+        if (pair := row["against"].get(LORA)) and pair["p_corrected"] < LEVEL and pair["difference"] < 0
+    }
+    needs = {
+        name: {
+            "trained parameters": row["trainable_parameters"],
+            "memory held by a step": result["cost"]["methods"][name]["held_bytes"],
+        }
+        for name, row in rows.items()
+    }
+    cheaper = []
+    for name in rows.keys() - worse:
+        shares = [f"{needs[name][what] / n:.2f} of the {what}" for what, n in needs[LORA].items()
+                  if needs[name][what] < CHEAPER * n]  # fmt: skip
+        if shares:
+            cheaper.append(f"{name} ({', '.join(shares)})")
+    return f"Cheaper than {LORA} and not significantly less accurate: {'; '.join(sorted(cheaper)) or 'none'}."
 
 
 def figures(result: dict[str, Any], folder: Path) -> None:

@@ -413,6 +413,23 @@ def test_tables_and_figures_are_made_from_the_json_alone(result, tmp_path):
     assert (tmp_path / "variants.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_cheaper_variant_is_named_unless_it_is_less_accurate(result):
+    (found,) = result["sets"]
+    lora = found["rows"][1]
+    thin = {
+        **lora,
+        "name": "thin",
+        "trainable_parameters": 0.5 * lora["trainable_parameters"],
+        "against": {LORA: {"difference": -0.1, "low": -0.2, "high": 0, "p_corrected": 0.06}},
+    }
+    found["rows"].append(thin)
+    result["cost"]["methods"]["thin"] = result["cost"]["methods"][LORA]
+    named = "not significantly less accurate: thin (0.50 of the trained parameters)."
+    assert named in " ".join(variants.short_table(result).split())
+    thin["against"][LORA]["p_corrected"] = 0.04
+    assert "not significantly less accurate: none." in " ".join(variants.short_table(result).split())
+
+
 def test_methods_with_equal_layers_are_measured_once():
     methods = [BY_NAME[name] for name in (LORA, "EVA", "LoRA+", "rsLoRA r=64")]
     measured = variants.measure_steps(methods, quick=True)["methods"]
