@@ -28,6 +28,14 @@ IDS = torch.arange(3, 33).reshape(3, 10)
 SIGNALS = int(os.environ.get("INTERRUPTS", "110"))
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_raises():
+    """Python's own handler of SIGINT, which a process that a shell started with & ignores."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Target:
     """A model in a known state, the operation to interrupt, and what the model may be afterwards."""
 
