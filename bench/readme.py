@@ -54,11 +54,15 @@ def rewritten(text: str, results: Path) -> str:
 def _measured(name: str, results: Path) -> str:
     if name in EXCERPTS:
         return EXCERPTS[name](results)
-    path = results / f"{name}.json"
-    if not path.is_file():
+    if not (results / f"{name}.json").is_file():
         return f"Not measured yet: there is no `bench/results/{name}.json`."
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = _read(results, name)
     return "\n\n".join([PARTS[name.rpartition("/")[2]].table(result), _source(name, result)])
+
+
+def _read(results: Path, name: str) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
+    return result
 
 
 def _source(name: str, result: dict[str, Any]) -> str:
@@ -77,8 +81,7 @@ def _source(name: str, result: dict[str, Any]) -> str:
 def summary(results: Path) -> str:
     """The table of README.md: the cost of LoRA and of full fine-tuning in five rows."""
     steps, held, scores, drift = (
-        json.loads((results / f"{name}.json").read_text(encoding="utf-8"))
-        for name in ("throughput", "memory", "accuracy", "merging")
+        _read(results, name) for name in ("throughput", "memory", "accuracy", "merging")
     )
     row = next(row for row in steps["models"] if row["model"] == "random:roberta-base")
     modes = [row["modes"][kind] for kind in ("full", "lora")]
@@ -129,8 +132,7 @@ def summary(results: Path) -> str:
 
 def variants_in_short(results: Path) -> str:
     """The table of lora/variants/README.md: what each variant costs and brings."""
-    result = json.loads((results / "variants.json").read_text(encoding="utf-8"))
-    return variants.short_table(result)
+    return variants.short_table(_read(results, "variants"))
 
 
 EXCERPTS = {"summary": summary, "variants-in-short": variants_in_short}

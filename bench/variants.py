@@ -31,7 +31,7 @@ from train.hardware import resolve_device, resolve_precision
 from train.tables import markdown, mebibytes, quantity, size
 
 LEVEL = 0.05
-CHEAPER = 0.95  # at most this share of what LoRA needs
+CHEAPER = 0.95  # less than this share of what LoRA needs
 FAILED = 2  # times the validation loss at the selected rate
 
 
@@ -183,10 +183,16 @@ def _failed(row: dict[str, Any], tried: dict[str, Any]) -> bool:
     return tried["loss"] is None or tried["loss"] > FAILED * selected
 
 
+def _significant(found: dict[str, Any], reference: str) -> dict[str, dict[str, float]]:
+    """The differences from the reference that are significant after correction, by method."""
+    pairs = {row["name"]: row["against"].get(reference) for row in found["rows"]}
+    return {name: pair for name, pair in pairs.items() if pair and pair["p_corrected"] < LEVEL}
+
+
 def difference_from(found: dict[str, Any], reference: str) -> str:
     """Which methods differ significantly from the reference after correction, as a sentence."""
-    pairs = {row["name"]: row["against"][reference] for row in found["rows"] if reference in row["against"]}
-    clear = {name: pair for name, pair in pairs.items() if pair["p_corrected"] < LEVEL}
+    compared = sum(reference in row["against"] for row in found["rows"])
+    clear = _significant(found, reference)
     start = f"On {found['data']}, compared with {reference},"
     if not clear:
         return f"{start} no method differs significantly."
@@ -196,7 +202,7 @@ def difference_from(found: dict[str, Any], reference: str) -> str:
                  if sign * pair["difference"] > 0]  # fmt: skip
         if names:
             words.append(f"significantly {word}: {', '.join(names)}")
-    rest = " No significant difference: the other methods." if len(clear) < len(pairs) else ""
+    rest = " No significant difference: the other methods." if len(clear) < compared else ""
     return f"{start} {'; '.join(words)}.{rest}"
 
 
@@ -262,27 +268,27 @@ def short_table(result: dict[str, Any]) -> str:
 
 def _cheaper(result: dict[str, Any]) -> str:
     """Which variants need less than LoRA and are on no dataset significantly less accurate, as a sentence."""
-    rows = {row["name"]: row for row in result["sets"][0]["rows"] if row["lora_parameters"]}
     worse = {
-        row["name"]
+        name
         for found in result["sets"]
-        for row in found["rows"]
-        if (pair := row["against"].get(LORA)) and pair["p_corrected"] < LEVEL and pair["difference"] < 0
+        for name, pair in _significant(found, LORA).items()
+        if pair["difference"] < 0
     }
     needs = {
-        name: {
+        row["name"]: {
             "trained parameters": row["trainable_parameters"],
-            "memory held by a step": result["cost"]["methods"][name]["held_bytes"],
+            "memory held by a step": result["cost"]["methods"][row["name"]]["held_bytes"],
         }
-        for name, row in rows.items()
+        for row in result["sets"][0]["rows"]
+        if row["lora_parameters"]
     }
     cheaper = []
-    for name in rows.keys() - worse:
-        shares = [f"{needs[name][what] / n:.2f} of the {what}" for what, n in needs[LORA].items()
-                  if needs[name][what] < CHEAPER * n]  # fmt: skip
-        if shares:
-            cheaper.append(f"{name} ({', '.join(shares)})")
-    return f"Cheaper than {LORA} and not significantly less accurate: {'; '.join(sorted(cheaper)) or 'none'}."
+    for name, needed in needs.items():
+        shares = {what: n / needs[LORA][what] for what, n in needed.items()}
+        less = [f"{share:.2f} of the {what}" for what, share in shares.items() if share < CHEAPER]
+        if less and name not in worse:
+            cheaper.append(f"{name} ({', '.join(less)})")
+    return f"Cheaper than {LORA} and not significantly less accurate: {'; '.join(cheaper) or 'none'}."
 
 
 def figures(result: dict[str, Any], folder: Path) -> None:

@@ -414,6 +414,7 @@ def test_tables_and_figures_are_made_from_the_json_alone(result, tmp_path):
 
 
 def test_a_cheaper_variant_is_named_unless_it_is_less_accurate(result):
+    result = json.loads(json.dumps(result))  # its costs are shared with other tests
     (found,) = result["sets"]
     lora = found["rows"][1]
     thin = {
