@@ -109,7 +109,7 @@ bench-accuracy: $(VENV)/.run  ## full, LoRA by rank, head: 20 minutes; ARGS="--d
 	$(RUN) -m bench accuracy --save $(ARGS)
 	@$(RUN) -m bench.readme  # silent: the JSON is the last line of stdout
 
-bench-variants: $(VENV)/.run  ## LoRA's variants, each at its best rate: hours, can be stopped; ARGS="--data FOLDER"
+bench-variants: $(VENV)/.run  ## LoRA's variants, each at a selected rate: hours, can be stopped; ARGS="--data FOLDER"
 	$(RUN) -m bench variants --save $(ARGS)
 	@$(RUN) -m bench.readme  # silent: the JSON is the last line of stdout
 

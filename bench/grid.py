@@ -189,21 +189,25 @@ class Results:
 
     def finish(self, cell: Cell) -> dict[str, Any]:
         """The result of the cell, which is run if it has none. Raises RunError as finish_run does."""
-        cells: dict[str, dict[str, Any]] = self._file["cells"]
-        if cell.key not in cells:
-            result = cell.run()
-            for folder in (self._path.parent, RUNS):
-                folder.mkdir(parents=True, exist_ok=True)
-            with (RUNS / "cells.lock").open("w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # against other threads too: each has opened the file itself
-                cells[cell.key] = result
-                now = self._read()  # with what other processes have added
-                for kind in ("methods", "data"):
-                    self._agree(kind, now[kind])
-                contents = {key: {**now[key], **self._file[key]} for key in now}
-                contents["cells"] = dict(sorted(contents["cells"].items()))
-                write_atomically(self._path, (json.dumps(contents, indent=1) + "\n").encode())
-        return cells[cell.key]
+        if cell.key not in self._file["cells"]:
+            self._file["cells"] |= self._read()["cells"]  # what other processes have added
+        if cell.key not in self._file["cells"]:
+            self._add(cell, cell.run())
+        result: dict[str, Any] = self._file["cells"][cell.key]
+        return result
+
+    def _add(self, cell: Cell, result: dict[str, Any]) -> None:
+        for folder in (self._path.parent, RUNS):
+            folder.mkdir(parents=True, exist_ok=True)
+        with (RUNS / "cells.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # against other threads too: each has opened the file itself
+            now = self._read()
+            for kind in ("methods", "data"):
+                self._agree(kind, now[kind])
+                now[kind] |= self._file[kind]
+            now["cells"] = dict(sorted({cell.key: result, **now["cells"]}.items()))
+            write_atomically(self._path, (json.dumps(now, indent=1) + "\n").encode())
+            self._file = now
 
 
 def open_results(quick: bool) -> Results:
@@ -293,7 +297,8 @@ def train_all(
 ) -> list[Trained]:
     """Trains every method on `data` as `train_method` does, side by side on the CPU.
 
-    Raises RunError if a cell fails. This and Ctrl-C stop after the running cells.
+    Raises RunError if a cell fails, after the cells that run at that time. Ctrl-C stops these too; they are
+    resumed.
     """
     write_folds()  # also for another dataset, whose first rates depend on bbc
     results.identify(data, methods)
@@ -312,8 +317,9 @@ def train_all(
                 failed.append(error)
                 stopped.set()
                 raise
-            progress.total = max(progress.total, progress.n + 1)  # more rates than START
-            progress.update()
+            if cell.data == data:  # and not of bbc, for the first rates on another dataset
+                progress.total = max(progress.total, progress.n + 1)  # more rates than START
+                progress.update()
             return result
 
         at_once = torch.get_num_threads() if resolve_device("auto").type == "cpu" else 1

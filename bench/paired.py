@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.grid import Trained, parts_of, rate, used_to_select
-from train.significance import holm, normal_interval, sign_flip, wilson
+from train.significance import holm, normal_interval, paired_interval, sign_flip, wilson
 
 LORA, FULL = "LoRA r=8", "full fine-tuning"
 REFERENCES = (LORA, FULL)  # with which every method is compared
@@ -87,13 +87,9 @@ def _row(trained: Trained, runs: int, used: list[bool]) -> dict[str, Any]:
 def _difference(first: Sequence[int], second: Sequence[int], runs: int) -> dict[str, float]:
     """The mean paired difference of accuracy, its 95% interval, and the p-value of no difference."""
     differences = [a - b for a, b in zip(first, second, strict=True)]
-    mean, half_width = normal_interval([difference / runs for difference in differences])
-    return {
-        "difference": mean,
-        "low": mean - half_width,
-        "high": mean + half_width,
-        "p": sign_flip(differences),
-    }
+    shares = [difference / runs for difference in differences]
+    low, high = paired_interval(shares)
+    return {"difference": statistics.fmean(shares), "low": low, "high": high, "p": sign_flip(differences)}
 
 
 def accuracy(row: Mapping[str, Any]) -> str:
@@ -103,8 +99,13 @@ def accuracy(row: Mapping[str, Any]) -> str:
 
 def difference(pair: Mapping[str, float]) -> str:
     """A difference from a reference in points with its interval: +0.24 (-0.31 to +0.78)."""
-    low, high = 100 * pair["low"], 100 * pair["high"]
-    return f"{100 * pair['difference']:+.2f} ({low:+.2f} to {high:+.2f})"
+    middle, low, high = (points(pair[key]) for key in ("difference", "low", "high"))
+    return f"{middle} ({low} to {high})"
+
+
+def points(share: float) -> str:
+    """A difference of shares in points: +0.24. Zero and what rounds to it is +0.00."""
+    return f"{round(100 * share, 2) + 0.0:+.2f}"
 
 
 def corrected_p(pair: Mapping[str, float]) -> str:

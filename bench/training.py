@@ -43,7 +43,9 @@ def finish_run(
         environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
-            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            diverged = "loss" in lines[-1] and "is not finite" in lines[-1]
-            raise (DivergedError if diverged else RunError)(f"{folder}: {lines[-1]}")
+            line = (done.stderr.strip().splitlines() or [""])[-1]
+            diverged = "loss" in line and "is not finite" in line
+            if not line.startswith("error:"):  # killed, for instance: the last line is about something else
+                line = f"exit code {done.returncode} {line}".rstrip()
+            raise (DivergedError if diverged else RunError)(f"{folder}: {line}")
     return dict(json.loads((folder / SUMMARY).read_text()))

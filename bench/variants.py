@@ -1,4 +1,4 @@
-"""LoRA, its variants and full fine-tuning: accuracy at the best learning rate of each, and cost.
+"""LoRA, its variants and full fine-tuning: accuracy, each at a learning rate of its own, and cost.
 
 `bench.grid` trains, `bench.paired` compares; here their results become tables, sentences and figures.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from bench import plotting
 from bench.grid import METHODS, SETTINGS, Method, open_results, train_all
-from bench.paired import FULL, LORA, REFERENCES, accuracy, compare, corrected_p, difference
+from bench.paired import FULL, LORA, REFERENCES, accuracy, compare, corrected_p, difference, points
 from bench.steps import (
     QUICK_SHAPES,
     SHAPES,
@@ -31,7 +31,12 @@ from train.hardware import resolve_device, resolve_precision
 from train.tables import markdown, mebibytes, quantity, size
 
 LEVEL = 0.05
-CHEAPER = 0.95  # less than this share of what LoRA needs
+CHEAPER, DEARER = 0.95, 1.05  # less, and more, than this share of what LoRA needs
+MARGIN = 0.01  # the loss of accuracy that the interval of a cheaper variant has to exclude
+CAVEAT = (
+    "Intervals and tests are over the test articles of these runs: they cover neither the noise of training"
+    " again nor that of selecting a rate."
+)
 FAILED = 2  # times the validation loss at the selected rate
 
 
@@ -88,11 +93,12 @@ def measure_steps(methods: Sequence[Method], quick: bool) -> dict[str, Any]:
 def table(result: dict[str, Any]) -> str:
     """A table and conclusions per dataset, and the table of costs."""
     words = (
-        "Each method at its best learning rate: four rates per decade are tried on validation articles, and"
-        " further ones until the best has a worse one on either side. In brackets, 95% intervals."
-        " Differences are in points, paired by test article. p is from the exact sign-flip test, corrected by"
-        " Holm's method for the number of comparisons on the dataset. Intervals and tests are over test"
-        " articles: they do not cover the noise of training again."
+        "Each method at the learning rate with the lowest validation loss on the first fold or seed, among"
+        " four rates per decade, extended until the best one has a worse one on either side. In brackets, 95%"
+        " intervals, each for one comparison alone. Differences are in points, paired by test article. p is"
+        " from the exact sign-flip test, corrected by Holm's method for all comparisons on the dataset."
+        f" {CAVEAT} A difference is called significant if p < {LEVEL} and it has the same sign on each fold"
+        " or with each seed."
     )
     sets = [part for found in result["sets"] for part in _set_table(found)]
     return "\n\n".join([prose(words), *sets, *_cost_table(result)])
@@ -101,7 +107,8 @@ def table(result: dict[str, Any]) -> str:
 def _set_table(found: dict[str, Any]) -> list[str]:
     folds = found["folds"]
     apart = "without articles used to select" if folds else "by seed"
-    lines = [["", "rate", "accuracy, %", apart, *(f"- {name}, p" for name in REFERENCES)]]
+    against = (f"- {name}, corrected p" for name in REFERENCES)
+    lines = [["", "rate", "accuracy, %", apart, *against]]
     for row in found["rows"]:
         values = [row["accuracy_unused"]] if folds else row["by_part"]
         lines.append(
@@ -118,7 +125,7 @@ def _set_table(found: dict[str, Any]) -> list[str]:
         words = (
             f"{test:,} articles in {parts} folds, so that each is a test article once, and about {train:,} to"
             f" train on. Rates are selected on the {found['used_to_select']} validation articles of the first"
-            " fold, which are test articles of other folds; one column leaves them out."
+            " fold, which are test articles of other folds. One column leaves them out; differences do not."
         )
     else:
         words = (
@@ -145,13 +152,16 @@ def conclusions(found: dict[str, Any]) -> list[str]:
     lines = [difference_from(found, reference) for reference in REFERENCES if reference in rows]
     efficient = [row for row in found["rows"] if FULL in row["against"]]
     if efficient:
-        best = max(efficient, key=lambda row: row["accuracy"])
-        pair = best["against"][FULL]
+        highest = max(row["accuracy"] for row in efficient)
+        pairs = [
+            f"{row['name']} {difference(row['against'][FULL])}"
+            for row in efficient
+            if row["accuracy"] == highest
+        ]
         lines.append(
-            f"The highest accuracy without training all weights is {best['name']}'s,"
-            f" {100 * best['accuracy']:.2f}%. Its difference from {FULL} is {100 * pair['difference']:+.2f}"
-            f" points (95% interval {100 * pair['low']:+.2f} to {100 * pair['high']:+.2f}). As the highest of"
-            f" {len(efficient)} on these test articles, it is probably overestimated."
+            f"The highest accuracy without training all weights is {100 * highest:.2f}%. Minus that of"
+            f" {FULL}, in points: {'; '.join(pairs)}. As the highest of {len(efficient)} on these test"
+            " articles, it is probably overestimated."
         )
     edges = [row["name"] for row in found["rows"] if not row["interior"]]
     lines.append(
@@ -184,13 +194,24 @@ def _failed(row: dict[str, Any], tried: dict[str, Any]) -> bool:
 
 
 def _significant(found: dict[str, Any], reference: str) -> dict[str, dict[str, float]]:
-    """The differences from the reference that are significant after correction, by method."""
-    pairs = {row["name"]: row["against"].get(reference) for row in found["rows"]}
-    return {name: pair for name, pair in pairs.items() if pair and pair["p_corrected"] < LEVEL}
+    """The differences from the reference that are significant, by method.
+
+    The test is over articles, so a difference is also required to have one sign on all folds or seeds: two
+    trainings of one method can differ by as much on the same articles.
+    """
+    parts = {row["name"]: row["by_part"] for row in found["rows"]}
+    significant = {}
+    for row in found["rows"]:
+        pair = row["against"].get(reference)
+        if pair and pair["p_corrected"] < LEVEL:
+            apart = [a - b for a, b in zip(parts[row["name"]], parts[reference], strict=True)]
+            if all(each * pair["difference"] > 0 for each in apart):
+                significant[row["name"]] = pair
+    return significant
 
 
 def difference_from(found: dict[str, Any], reference: str) -> str:
-    """Which methods differ significantly from the reference after correction, as a sentence."""
+    """Which methods differ significantly from the reference, as a sentence."""
     compared = sum(reference in row["against"] for row in found["rows"])
     clear = _significant(found, reference)
     start = f"On {found['data']}, compared with {reference},"
@@ -198,18 +219,30 @@ def difference_from(found: dict[str, Any], reference: str) -> str:
         return f"{start} no method differs significantly."
     words = []
     for word, sign in (("more accurate", 1), ("less accurate", -1)):
-        names = [f"{name} ({100 * pair['difference']:+.2f})" for name, pair in clear.items()
-                 if sign * pair["difference"] > 0]  # fmt: skip
+        names = [
+            f"{name} ({points(pair['difference'])})"
+            for name, pair in clear.items()
+            if sign * pair["difference"] > 0
+        ]
         if names:
             words.append(f"significantly {word}: {', '.join(names)}")
-    rest = " No significant difference: the other methods." if len(clear) < compared else ""
+    rest = " For the other methods, no difference is shown." if len(clear) < compared else ""
     return f"{start} {'; '.join(words)}.{rest}"
 
 
 def _cost_table(result: dict[str, Any]) -> list[str]:
     cost, (first, *_) = result["cost"], result["sets"]
     lines = [
-        ["", "trained parameters", "of them LoRA", "saved", "scaling", "step, ms", f"/ {LORA}", "held, MiB"]
+        [
+            "",
+            "trained parameters",
+            "of them LoRA",
+            "saved",
+            "scaling",
+            "step, ms",
+            f"step / {LORA}",
+            "memory of a step, MiB",
+        ]
     ]
     for row in first["rows"]:
         step = cost["methods"][row["name"]]
@@ -248,8 +281,8 @@ def _over_lora(cost: dict[str, Any], name: str) -> float:
 def short_table(result: dict[str, Any]) -> str:
     """LoRA's variants against LoRA: trained parameters, step, accuracy, and what the tests show."""
     sets = result["sets"]
-    heads = [head for found in sets for head in (f"{found['data']}, %", f"- {LORA}, p")]
-    lines = [["", "trained parameters", f"step / {LORA}", *heads]]
+    heads = [head for found in sets for head in (f"accuracy on {found['data']}, %", f"- {LORA}, corrected p")]
+    lines = [["", "trained parameters, with head", f"step / {LORA}", *heads]]
     for row in sets[0]["rows"]:
         if row["lora_parameters"]:
             over = _over_lora(result["cost"], row["name"])
@@ -259,25 +292,29 @@ def short_table(result: dict[str, Any]) -> str:
                 cells += [f"{100 * same['accuracy']:.2f}", _against(same, LORA)] if same else ["-", "-"]
             lines.append(cells)
     words = (
-        f"{sets[0]['model']}, each method at its best learning rate: test accuracy, the difference from"
-        f" {LORA} in points with its 95% interval, and p, corrected for the number of comparisons."
+        f"{sets[0]['model']}, each method at the learning rate with the lowest validation loss: test"
+        f" accuracy, the difference from {LORA} in points with its 95% interval, and p, corrected for the"
+        f" number of comparisons. {CAVEAT}"
     )
     words += "".join(f" {difference_from(found, LORA)}" for found in sets) + f" {_cheaper(result)}"
     return "\n\n".join([markdown(lines), prose(words)])
 
 
 def _cheaper(result: dict[str, Any]) -> str:
-    """Which variants need less than LoRA and are on no dataset significantly less accurate, as a sentence."""
-    worse = {
-        name
-        for found in result["sets"]
-        for name, pair in _significant(found, LORA).items()
-        if pair["difference"] < 0
-    }
+    """Which variants need less than LoRA and are not much less accurate on any dataset, as a sentence."""
+    lowest: dict[str, float] = {}
+    for found in result["sets"]:
+        for row in found["rows"]:
+            if LORA in row["against"]:
+                low = row["against"][LORA]["low"]
+                lowest[row["name"]] = min(low, lowest.get(row["name"], low))
+    cost = result["cost"]["methods"]
     needs = {
         row["name"]: {
             "trained parameters": row["trainable_parameters"],
-            "memory held by a step": result["cost"]["methods"][row["name"]]["held_bytes"],
+            "saved bytes": row["adapter_bytes"],
+            "time of a step": cost[row["name"]]["milliseconds"]["median"],
+            "memory of a step": cost[row["name"]]["held_bytes"],
         }
         for row in result["sets"][0]["rows"]
         if row["lora_parameters"]
@@ -286,17 +323,21 @@ def _cheaper(result: dict[str, Any]) -> str:
     for name, needed in needs.items():
         shares = {what: n / needs[LORA][what] for what, n in needed.items()}
         less = [f"{share:.2f} of the {what}" for what, share in shares.items() if share < CHEAPER]
-        if less and name not in worse:
-            cheaper.append(f"{name} ({', '.join(less)})")
-    return f"Cheaper than {LORA} and not significantly less accurate: {'; '.join(cheaper) or 'none'}."
+        if less and max(shares.values()) <= DEARER and lowest[name] > -MARGIN:
+            cheaper.append(f"{name} ({', '.join(less)}; interval from {points(lowest[name])})")
+    return (
+        f"Cheaper than {LORA}, and by the interval less than {100 * MARGIN:g} point less accurate:"
+        f" {'; '.join(cheaper) or 'none'}."
+    )
 
 
 def figures(result: dict[str, Any], folder: Path) -> None:
-    """variants.png: accuracy and loss by learning rate, and differences from full fine-tuning, by dataset."""
+    """variants.png: accuracy and loss by learning rate, and differences from LoRA, by dataset."""
     names = list(dict.fromkeys(row["name"] for found in result["sets"] for row in found["rows"]))
     styles = {name: _style(number) for number, name in enumerate(names)}
     figure, axes = plotting.panels(3, len(result["sets"]), 6.5, 3.8)
     for found, (accuracies, losses, differences) in zip(result["sets"], axes.T, strict=True):
+        accuracies.set_title(found["data"])
         _draw_rates(accuracies, found, "accuracy", styles)
         _draw_rates(losses, found, "loss", styles)
         _draw_differences(differences, found, styles)
@@ -321,21 +362,20 @@ def _draw_rates(axis: Any, found: dict[str, Any], key: str, styles: dict[str, An
         axis.plot(rates, values, label=row["name"], markevery=selected, **styles[row["name"]])
     kept = [each[key] for row in found["rows"] for each in row["sweep"] if not _failed(row, each)]
     margin = 0.05 * (max(kept) - min(kept)) or 0.01  # or, where all are equal
-    axis.set_ylim(min(kept) - margin, max(kept) + margin)  # the line of a rate that fails leaves the panel
+    axis.set_ylim(min(kept) - margin, max(kept) + margin)  # a line to a rate that fails leaves the panel
     axis.set(xscale="log", xlabel="learning rate (marker: selected)", ylabel=f"validation {key}")
-    axis.set_title(found["data"])
 
 
 def _draw_differences(axis: Any, found: dict[str, Any], styles: dict[str, Any]) -> None:
-    compared = [row for row in reversed(found["rows"]) if FULL in row["against"]]
+    compared = [row for row in reversed(found["rows"]) if LORA in row["against"]]
+    significant = _significant(found, LORA)
     for at, row in enumerate(compared):
-        pair, color = row["against"][FULL], styles[row["name"]]["color"]
+        pair, color = row["against"][LORA], styles[row["name"]]["color"]
         low, middle, high = (100 * pair[key] for key in ("low", "difference", "high"))
-        filled = color if pair["p_corrected"] < LEVEL else "white"
+        filled = color if row["name"] in significant else "white"
         axis.errorbar(
             middle, at, xerr=[[middle - low], [high - middle]], fmt="o", color=color, mfc=filled, capsize=3
         )
     axis.axvline(0, color="black", linewidth=0.8)
     axis.set_yticks(range(len(compared)), [row["name"] for row in compared], fontsize=8)
-    axis.set_xlabel(f"test accuracy minus that of {FULL}, points (filled: p < {LEVEL})")
-    axis.set_title(found["data"])
+    axis.set_xlabel(f"test accuracy minus that of {LORA}, points (filled: significant)")

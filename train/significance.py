@@ -29,6 +29,19 @@ def normal_interval(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), _Z * statistics.stdev(values) / math.sqrt(len(values))
 
 
+def paired_interval(differences: Sequence[float]) -> tuple[float, float]:
+    """The 95% interval of the mean of paired differences from -1 to 1 (Agresti and Min 2005).
+
+    It is the normal interval after half an observation of 1, half of -1 and one of 0 are added. So it has a
+    width where no article differs, and is not too narrow where few do.
+    """
+    rows = len(differences) + 2
+    mean = sum(differences) / rows
+    variance = (sum(difference * difference for difference in differences) + 1) / rows - mean * mean
+    half_width = _Z * math.sqrt(variance / rows)
+    return mean - half_width, mean + half_width
+
+
 def wilson(correct: int, rows: int) -> tuple[float, float]:
     """Wilson's 95% interval of an accuracy, from the number of correct rows (Wilson 1927).
 
