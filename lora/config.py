@@ -15,7 +15,7 @@ class LoraConfig:
     """Which layers to adapt and how strongly: ΔW = scaling·B·A on each Linear that `target_modules` matches.
 
     r: rank of ΔW, at least 1.
-    lora_alpha: scaling = lora_alpha / r (arXiv 2106.09685, section 4.1).
+    lora_alpha: scaling = lora_alpha / r (arXiv 2106.09685, section 4.1). VeRA ignores it.
     lora_dropout: probability, in [0, 1), of zeroing an element of the adapter's input in training.
     target_modules: patterns. A pattern matches a module whose dotted name equals it or ends with it after
         a dot ("query", "attention.self.query"). A single string is a regular expression for whole names.

@@ -1,4 +1,7 @@
-"""The base class of errors that a user can fix."""
+"""The base class of errors that a user can fix, and what is said about an error."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -7,6 +10,15 @@ class UserError(Exception):
     The message says what is wrong, where, and what to do. Command-line tools print it without a traceback
     and exit with code 2, as they do for an OSError.
     """
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Context that puts the layer's name before the message of an error."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -27,6 +27,7 @@ from lora.fingerprint import FLOATS, difference, fingerprint
 from lora.inject import (
     CONVERSIONS,
     build_layers,
+    checked_class,
     find_targets,
     layer_class,
     swap_in,
@@ -216,10 +217,10 @@ def load_adapter(
     """
     adapter = folder if isinstance(folder, Adapter) else read_adapter(folder)
     config, folder = adapter.config, adapter.folder
-    layer = layer or layer_class(config)
     if has_adapter(model):
         raise RuntimeError("the model has an adapter already; eject it first")
     try:
+        layer = checked_class(config, layer)
         injection = find_targets(model, config)
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{folder}: {error}") from error
@@ -234,7 +235,10 @@ def load_adapter(
         _check_base(model, adapter, linears, saved, folder)
 
     with uninterrupted(), unchanged_on_error(model), torch.no_grad():
-        layers = build_layers(model, config, injection, layer, seed=0)
+        try:
+            layers = build_layers(model, config, injection, layer, seed=0)
+        except ValueError as error:  # the weight of a layer is not one that the variant can start from
+            raise AdapterError(f"{folder}: {error}") from error
         named = {name: layers[linear] for name, linear in linears.items()}
         for name, tensor in _adapter_tensors(named, saved).items():
             tensor.copy_(adapter.tensors[name])

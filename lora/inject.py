@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from lora.config import LoraConfig
+from lora.errors import naming
 from lora.interrupts import uninterrupted
 from lora.linear import LoRALinear
 from lora.mergeable import MergeableLinear
@@ -55,6 +56,22 @@ def layer_class(config: LoraConfig) -> type[MergeableLinear]:
     return next(asked, LoRALinear)
 
 
+def checked_class(config: LoraConfig, layer: type[MergeableLinear] | None) -> type[MergeableLinear]:
+    """`layer`, or without one the class that `config` asks for.
+
+    Raises ValueError if it is not of the variant that the config asks for: a folder has the config alone.
+    """
+    asked = layer_class(config)
+    layer = layer or asked
+    if asked is not LoRALinear and not issubclass(layer, asked):
+        raise ValueError(f"layer: {layer.__name__} is no {asked.__name__}, which the config asks for")
+    settings = {variant: f"{name}={value!r}" for name, value, variant in VARIANTS}
+    for kind in layer.__mro__:
+        if kind in settings and not issubclass(asked, kind):
+            raise ValueError(f"layer: {layer.__name__} needs a config with {settings[kind]}")
+    return layer
+
+
 def inject(
     model: nn.Module, config: LoraConfig, seed: int = 0, layer: type[MergeableLinear] | None = None
 ) -> Injection:
@@ -68,18 +85,17 @@ def inject(
     zero turns -0.0 into 0.0, and an A·x that overflows gives NaN. layer: another class than the one that the
     config asks for, a subclass of MergeableLinear with LoRALinear's constructor; `check_layer` tests one.
 
-    Raises RuntimeError if the model has an adapter, ValueError if a pattern matches nothing or an A would
-    have more than min(in, out) rows, TypeError if a module cannot be adapted or cannot train. The model is
-    then unchanged. A signal, such as Ctrl-C, takes effect before or after the change.
+    Raises RuntimeError if the model has an adapter, ValueError if a pattern matches nothing, an A would have
+    more than min(in, out) rows, or `layer` is of another variant than the config, TypeError if a module
+    cannot be adapted or cannot train. The model is then unchanged. A signal, such as Ctrl-C, takes effect
+    before or after the change.
     """
     if any(isinstance(module, MergeableLinear) for module in model.modules()):
         raise RuntimeError("the model has an adapter already; eject it first")
     injection = find_targets(model, config)
     _refuse_unmatched(model, "target_modules", injection.adapted, config)
     _refuse_unmatched(model, "modules_to_save", injection.saved, config)
-    kind, asked = layer or layer_class(config), layer_class(config)
-    if asked is not LoRALinear and not issubclass(kind, asked):
-        raise ValueError(f"layer: {kind.__name__} is no {asked.__name__}, which the config asks for")
+    kind = checked_class(config, layer)
     for name, linear in modules_once(model, injection.names).items():
         r, rank = config.for_layer(name)["r"], min(linear._parameters["weight"].shape)  # type: ignore[union-attr]
         if r > rank and "lora_A" in kind.adapter_tensors:
@@ -143,7 +159,8 @@ def build_layers(
         generator = torch.Generator().manual_seed(derived_seed(seed, name))
         convert = CONVERSIONS.get(type(linear).__name__)
         kind: Any = convert(layer) if convert else layer
-        layers[linear] = kind(linear, **config.for_layer(name), generator=generator)
+        with naming(name):
+            layers[linear] = kind(linear, **config.for_layer(name), generator=generator)
         if hasattr(linear, "on_inject"):  # a Linear that was changed in place passes the change on
             linear.on_inject(layers[linear])  # type: ignore[operator]
     if hasattr(layer, "share"):  # a variant whose layers have tensors in common

@@ -43,7 +43,7 @@ from lora.variants.eva import EVALinear, inject_eva
 from lora.variants.lora_plus import parameter_groups
 from model import load_base, speed_up
 from train.batches import encode
-from train.checkpoint import load_last_checkpoint, save_checkpoint
+from train.checkpoint import CheckpointError, load_last_checkpoint, save_checkpoint
 from train.data import load_news
 from train.job import _make_model
 from train.loop import Trainer
@@ -398,6 +398,19 @@ def test_a_fresh_dora_stays_one_in_another_dtype(dtype):
     assert torch.equal(model.to(torch.float32)["query"].lora_magnitude_vector, trained.float())
 
 
+def test_a_cast_that_a_fresh_merged_dora_does_not_fit_in_converts_every_layer():
+    model = nn.ModuleDict({"key": nn.Linear(4, 4), "query": nn.Linear(4, 4), "value": nn.Linear(4, 4)})
+    with torch.no_grad():
+        model["query"].weight[0, 0] = 1e5
+    inject(model, config_of("dora", target_modules=("key", "query", "value"), modules_to_save=()))
+    merge(model)
+    with pytest.warns(UserWarning, match="not finite in torch.float16"):
+        model.half()
+    assert all(layer.merged and layer.weight.dtype == torch.float16 for layer in model.values())
+    unmerge(copy.deepcopy(model))
+    model.to("meta")
+
+
 def test_dora_forms_no_matrix_of_the_size_of_the_weight_and_one_product_with_it():
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -417,6 +430,37 @@ def test_dora_forms_no_matrix_of_the_size_of_the_weight_and_one_product_with_it(
         layer(torch.randn(7, 30))
     assert not made
     assert len(wide) == 2  # W·x + b, and B·(A·x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_norms_of_dora_are_exact_in_16_bits_too(dtype):
+    """Squares of 16 bits overflow and vanish, and their sum cancels where ΔW is nearly -W."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"query": nn.Linear(6, 8)}).eval()
+    layer = model["query"]
+    layer.weight[0] *= 1e-3 / layer.weight[0].norm()
+    layer.weight[1] *= 300 / layer.weight[1].norm()
+    x, before = torch.randn(5, 6), layer.weight.double()
+    inject(model, config_of("dora", r=6, lora_alpha=6, target_modules=("query",), modules_to_save=()))
+    layer = model["query"]
+    fresh = copy.deepcopy(model).to(dtype)["query"]
+    assert torch.equal(fresh(x.to(dtype)), F.linear(x.to(dtype), fresh.weight, fresh.bias))
+    assert torch.equal(fresh.merged_weight(), fresh.weight.double())
+    layer.lora_B.copy_(-0.75 * before @ torch.linalg.inv(layer.lora_A.double()))  # W + ΔW = W / 4
+    layer.lora_magnitude_vector.mul_(1.3)
+    other = copy.deepcopy(model).to(dtype)["query"]
+    with torch.autocast("cpu", torch.bfloat16):
+        norms = layer.row_norms()
+    # B is rounded to float32, and the condition number of A makes more of it; bfloat16 would be off by 0.1.
+    torch.testing.assert_close(norms.double(), before.norm(dim=1) / 4, rtol=1e-4, atol=0)
+    torch.testing.assert_close(layer.merged_weight(), 1.3 * before, rtol=1e-3, atol=1e-3)
+    # m has 8 bits at least, and the merged rows have its length, whatever the rounding of A and B
+    lengths = other.merged_weight().norm(dim=1) / before.norm(dim=1)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 1.3), rtol=0.01, atol=0)
+    layer.lora_B.div_(0.75)  # W + ΔW = 0: the direction is noise, and stays finite
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).abs().max() < 1000 * F.linear(x, before.float()).abs().max()
 
 
 def test_a_row_of_zeros_has_no_direction_and_stays_finite():
@@ -446,6 +490,21 @@ def test_pissa_and_milora_start_at_the_two_ends_of_the_spectrum(variant, part):
         layer.weight.zero_()
     with pytest.raises(ValueError, match="would start is 0"):
         type(layer)(layer.to_linear(), r=2, lora_alpha=2)
+    model = nn.ModuleDict({"query": nn.Linear(12, 20)})
+    config = config_of(variant, target_modules=("query",), modules_to_save=(), r=12)
+    with torch.no_grad():
+        model["query"].weight[:, 1] = model["query"].weight[:, 0]  # the last singular value is 0 to rounding
+        with pytest.raises(ValueError, match="query: .*would start is 0"):
+            inject(model, config)
+        model["query"].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="query: the weight is not finite"):
+        inject(model, config)
+
+
+def test_lora_fa_trains_b_alone_without_inject_too():
+    layer = layer_of("lora_fa")
+    alone = type(layer)(layer.to_linear(), r=2, lora_alpha=2)
+    assert [name for name, p in alone.named_parameters() if p.requires_grad] == ["lora_B"]
 
 
 def test_the_layers_of_vera_share_one_pair_also_after_a_copy_and_a_move(input_ids, tmp_path):
@@ -460,6 +519,11 @@ def test_the_layers_of_vera_share_one_pair_also_after_a_copy_and_a_move(input_id
         assert pair.vera_A.shape == (4, 64)
         assert pair.vera_B.shape == (32, 4)
         assert not any("projection" in key for key in each.state_dict())
+        assert pair.vera_A.dtype == torch.float32
+    x, query = torch.randn(3, 32), "roberta.encoder.layer.0.attention.self.query"
+    before = model.get_submodule(query)(x)
+    model.get_submodule("roberta.encoder.layer.1").double()(x[None].double())  # the pair is of both dtypes
+    assert torch.equal(model.get_submodule(query)(x), before)
 
 
 def test_a_merged_vera_notices_that_its_pair_has_changed():
@@ -544,20 +608,29 @@ def test_eva_starts_at_the_singular_vectors_of_the_inputs_and_redistributes_the_
 
 
 def test_eva_gives_a_layer_no_more_directions_than_its_weight_has():
-    """The inputs of the second layer vary in 8 directions, of which its weight has 2; the first's, in one."""
+    """The inputs of the second layer vary in 8 directions, of which its weight has 2; the first's, in one.
+
+    The layers get tokens of all rows in one dimension, and padding does not count there either.
+    """
 
     class Two(nn.Module):
         def __init__(self):
             super().__init__()
             self.wide, self.thin = nn.Linear(8, 8), nn.Linear(8, 2)
 
-        def forward(self, x):
+        def forward(self, x, attention_mask):
+            x = x.flatten(0, 1)
             return self.wide(x[:, :1].expand(-1, 8))[:, :2] + self.thin(x)
 
     model = Two()
     config = config_of("eva", r=4, modules_to_save=(), target_modules=("wide", "thin"))
-    inject_eva(model, config, [{"x": torch.randn(64, 8)}])
+    x, mask = torch.randn(4, 16, 8), torch.ones(4, 16)
+    x[:, 12:], mask[:, 12:] = 100 * torch.eye(8)[3], 0
+    inject_eva(model, config, [{"x": x, "attention_mask": mask}])
     assert {name: layer.r for name, layer in lora_layers(model).items()} == {"wide": 6, "thin": 2}
+    _, _, Vh = np.linalg.svd(x[:, :12].reshape(48, 8).double().numpy())
+    angles = principal_angles(model.thin.lora_A.T, torch.from_numpy(Vh[:2].copy()).T)
+    assert angles.max() < 1e-6  # lora_A is rounded to float32
 
 
 def test_eva_needs_batches_and_says_so(input_ids):
@@ -570,6 +643,9 @@ def test_eva_needs_batches_and_says_so(input_ids):
         inject(model, config_of("eva"))
     with pytest.raises(ValueError, match="query: no batch has reached"):
         inject_eva(model, config_of("eva"), [])
+    padding = [{"input_ids": input_ids, "attention_mask": torch.zeros_like(input_ids)}]
+    with pytest.raises(ValueError, match="query: its inputs are all zero or padding"):
+        inject_eva(model, config_of("eva"), padding)
     with torch.no_grad():
         model.roberta.embeddings.LayerNorm.bias[0] = float("nan")
     with pytest.raises(ValueError, match="query: its inputs are not finite"):
@@ -613,6 +689,18 @@ def test_a_layer_that_is_not_what_the_config_asks_for_is_refused(model):
         inject(model, config_of("dora"), layer=GatedLoRALinear)
 
 
+@pytest.mark.parametrize(("name", "value", "kind"), VARIANTS, ids=[kind.__name__ for *_, kind in VARIANTS])
+def test_a_variant_is_refused_where_the_config_does_not_ask_for_it(name, value, kind, model, tmp_path):
+    """A folder has the config alone: PEFT would read another adapter than the one that was trained."""
+    own = type("Own", (kind,), {})
+    with pytest.raises(ValueError, match=f"layer: Own needs a config with {name}={value!r}"):
+        inject(model, LoraConfig(r=4), layer=own)
+    inject(model, LoraConfig(r=4))
+    save_adapter(model, tmp_path, base="tiny")
+    with pytest.raises(AdapterError, match=f"layer: Own needs a config with {name}={value!r}"):
+        load_adapter(tiny_roberta(), tmp_path, layer=own)
+
+
 def test_a_rank_that_cannot_be_lowered_is_an_error(model, config):
     class Renamed(LoRALinear):
         def factors(self):
@@ -646,6 +734,21 @@ def test_lora_plus_multiplies_the_rate_of_b_alone(config, input_ids):
     assert len(parameter_groups(trained, 0.05, weight_decay=0.1)) == 2
 
 
+def make_trainer(recipe):
+    news = load_news(recipe.data, recipe.validation_fraction, recipe.seed)
+    model, tokenizer, _ = _make_model(recipe, news)
+    speed_up(model, "fp32")
+    rows, validation = (encode(split, tokenizer, 16) for split in (news.train, news.validation))
+    return Trainer(model, recipe, rows, validation, tokenizer.pad_token_id, torch.device("cpu"), "fp32")
+
+
+def test_a_checkpoint_of_other_ranks_is_not_resumed(tiny_recipe, tmp_path):
+    """Elsewhere the inputs, and so EVA's ranks, may come out otherwise; rank 1 would be broadcast to 2."""
+    save_checkpoint(tmp_path, make_trainer(dataclasses.replace(tiny_recipe, r=1)), {})
+    with pytest.raises(CheckpointError, match=r"lora_A is \(1, 32\), and that of the model \(2, 32\)"):
+        load_last_checkpoint(tmp_path, make_trainer(dataclasses.replace(tiny_recipe, r=2)), {})
+
+
 @pytest.mark.parametrize(
     "settings",
     [fields for name, (fields, _) in SETTINGS.items() if "," not in name]
@@ -654,20 +757,11 @@ def test_lora_plus_multiplies_the_rate_of_b_alone(config, input_ids):
 )
 def test_a_stopped_and_resumed_training_ends_in_the_same_bits(settings, tiny_recipe, tmp_path):
     recipe = dataclasses.replace(tiny_recipe, r=4, epochs=1, **settings)
-    news = load_news(recipe.data, recipe.validation_fraction, recipe.seed)
-
-    def make_trainer():
-        model, tokenizer, _ = _make_model(recipe, news)
-        speed_up(model, "fp32")
-        rows, validation = (encode(split, tokenizer, 16) for split in (news.train, news.validation))
-        pad = tokenizer.pad_token_id
-        return Trainer(model, recipe, rows, validation, pad, torch.device("cpu"), "fp32")
-
-    whole = make_trainer()
+    whole = make_trainer(recipe)
     for _ in whole.epochs():
         if whole.state.step == 3:
             save_checkpoint(tmp_path, whole, {})
-    resumed = make_trainer()
+    resumed = make_trainer(recipe)
     with torch.no_grad():  # as if the start came out otherwise, on another machine
         for layer in lora_layers(resumed.model).values():
             for key in layer.adapter_tensors:

@@ -122,7 +122,11 @@ def _restore(trainer: Trainer, tensors: dict[str, Tensor], settings: dict[str, A
     for group, rate in zip(trainer.optimizer.param_groups, settings["learning_rates"], strict=True):
         group["lr"] = rate
     for name, tensor in adapter_tensors(trainer.model).items():
-        tensor.copy_(tensors[f"model.{name}"])
+        saved = tensors[f"model.{name}"]
+        if saved.shape != tensor.shape:  # EVA's ranks depend on the inputs, and `copy_` would broadcast
+            shapes = f"{tuple(saved.shape)}, and that of the model {tuple(tensor.shape)}"
+            raise TypeError(f"the shape of {name} is {shapes}")
+        tensor.copy_(saved)
     for name, parameter in trainer.trainable.items():
         parameter.copy_(tensors[f"model.{name}"])
         if f"best.{name}" in tensors:

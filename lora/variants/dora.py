@@ -14,9 +14,11 @@ output of LoRA, and g = m / ‖W + ΔW‖, the output is
 
 At the start g = 1 exactly, because m and the norms are computed alike, so the output is W·x + b bit for bit.
 
-The norms need no (out, in) matrix besides W in the dtype of A. For a row w of W and b of B,
+The norms need no (out, in) matrix besides W in float32 or float64. For a row w of W, and b one of scaling·B,
 
-    ‖w + s·b·A‖² = ‖w‖² + 2s·b·(A·w) + s²·b·(A·Aᵀ)·bᵀ
+    ‖w + b·A‖² = ‖w‖² + b·(2A·w + A·Aᵀ·b)
+
+Where b·A is nearly -w, the sum cancels, so no norm is taken to be less than 2√eps·‖w‖, 7e-4·‖w‖ in float32.
 
 Trains A, B and m: `out` numbers more than LoRA. Each forward also computes W·Aᵀ, which costs as much as W·x
 for r tokens. Dropout applies to the input of A alone, so that W·x is computed once.
@@ -25,6 +27,7 @@ for r tokens. Dropout applies to the input of A alone, so that W·x is computed 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -58,27 +61,36 @@ class DoRALinear(LoRALinear):
 
     @torch.no_grad()
     def row_norms(self) -> Tensor:
-        """‖W + ΔW‖ of each row, (out,), in the dtype of lora_A; a row of zeros has a tiny norm."""
-        A, B, W = self.lora_A, self.lora_B, self.base_weight.to(self.lora_A)
-        cross = 2 * self.scaling * (W @ A.T) + self.scaling**2 * (B @ (A @ A.T))  # (out, r)
-        squares = torch.linalg.vector_norm(W, dim=1).square() + (B * cross).sum(1)
-        norms: Tensor = squares.clamp(min=torch.finfo(squares.dtype).tiny).sqrt()
-        return norms
+        """‖W + ΔW‖ of each row, (out,), in the dtype of lora_A; a row of zeros has a tiny norm.
+
+        They are computed in float32 or float64, also under autocast: in 16 bits the sum cancels to nothing.
+        """
+        device, dtype = self.lora_A.device.type, torch.promote_types(self.lora_A.dtype, torch.float32)
+        full = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if full else nullcontext():
+            A, B = self.lora_A.to(dtype), self.scaling * self.lora_B.to(dtype)
+            W = self.base_weight.to(A)
+            lengths = torch.linalg.vector_norm(W, dim=1)
+            squares = lengths.square() + (B * (2 * (W @ A.T) + B @ (A @ A.T))).sum(1)
+        norms: Tensor = squares.clamp(min=0).sqrt().maximum(self._least(lengths))
+        return norms.to(self.lora_A.dtype).clamp(min=torch.finfo(self.lora_A.dtype).tiny)
+
+    def _least(self, lengths: Tensor) -> Tensor:
+        """The least norms of rows whose norms in W are `lengths`: 2√eps times these, and not zero."""
+        computed = torch.finfo(torch.promote_types(self.lora_A.dtype, torch.float32))
+        least: Tensor = (2 * computed.eps**0.5 * lengths).clamp(min=computed.tiny**0.5)
+        return least
 
     @torch.no_grad()
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DoRALinear:
         # In another dtype or on another device the norms may be rounded differently, and g = 1 has to stay.
-        if not self._is_fresh():
-            super()._apply(fn, recurse)
-            return self
-        was_merged = self.merged
-        if was_merged:
-            self.unmerge()
+        was_fresh = self._is_fresh()
         super()._apply(fn, recurse)
-        if not self.lora_magnitude_vector.is_meta:
+        if was_fresh and not self.lora_magnitude_vector.is_meta:
             self.lora_magnitude_vector.copy_(self.row_norms())
-        if was_merged:
-            self.merge()
+            if self.merged:
+                self._merge_again()
+                self._merged_from = tuple(tensor.detach().clone() for tensor in self._watched())
         return self
 
     def _is_fresh(self) -> bool:
@@ -91,7 +103,7 @@ class DoRALinear(LoRALinear):
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
         """W' = m ⊙ (W + ΔW) / ‖W + ΔW‖, (out, in), float64: the weight that `merge` rounds."""
-        weight = super().merged_weight()
-        norms = weight.norm(dim=1).clamp(min=torch.finfo(self.lora_A.dtype).tiny ** 0.5)
-        g: Tensor = self.lora_magnitude_vector.double() / norms
+        weight, m = super().merged_weight(), self.lora_magnitude_vector
+        norms = weight.norm(dim=1).maximum(self._least(self.base_weight.double().norm(dim=1)))
+        g: Tensor = (m.double() / norms).where(m != self.row_norms(), 1)  # 1 where it is 1 in forward
         return g[:, None] * weight

@@ -7,11 +7,11 @@ the inputs of a layer, for every token that is not padding. Then
 
 so that the start changes nothing and A·x explains as much of the inputs as any r directions can. The total
 rank of the model is given to those directions of all layers that explain the largest share of their layer's
-inputs, σᵢ²/Σσ² (section 3.3). lora_alpha follows r, so that scaling is the same in all layers.
+inputs, σᵢ²/Σσ² (section 3.3). lora_alpha follows r, so that each layer keeps its scaling.
 
 The singular vectors are eigenvectors of XᵀX, (in, in), which is summed in float64. It costs one
-forward of each batch and an eigendecomposition for each layer. Then the adapter is plain LoRA with
-rank_pattern and alpha_pattern, in memory and in its folder.
+forward of each batch, an eigendecomposition for each layer, and until the end one such matrix of each. Then
+the adapter is plain LoRA with rank_pattern and alpha_pattern, in memory and in its folder.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from lora.adapted import has_adapter, layer_patterns, product_layers
 from lora.config import LoraConfig
 from lora.inject import Injection, find_targets, inject
+from lora.interrupts import uninterrupted
 from lora.linear import LoRALinear
 from lora.modules import modules_once
 
@@ -37,12 +38,12 @@ def inject_eva(
 ) -> Injection:
     """`inject` for a config with init_lora_weights = "eva": the adapter starts as EVA does.
 
-    batches: keyword arguments of the model, of training rows alone. Rows of a layer's input where the
-    attention_mask of its batch (B, L) is 0 are left out. The model keeps the config with its new
-    rank_pattern and alpha_pattern, and init_lora_weights = True.
+    batches: keyword arguments of the model, of training rows alone. Rows of a layer's input, (B, L, in) or
+    (B·L, in), where the attention_mask of its batch (B, L) is 0 are left out. The model keeps the config with
+    its new rank_pattern and alpha_pattern, and init_lora_weights = True.
 
-    Raises ValueError if the config does not ask for EVA, or a layer has no inputs or they are not finite, and
-    as `inject` does. The model is then unchanged.
+    Raises ValueError if the config does not ask for EVA, or the inputs of a layer are none, all zero or not
+    finite, and as `inject` does. The model is then unchanged.
     """
     if config.init_lora_weights != "eva":
         raise ValueError(f'init_lora_weights: {config.init_lora_weights!r}, and inject_eva starts "eva"')
@@ -65,8 +66,8 @@ def inject_eva(
         rank_pattern=layer_patterns(ranks),
         alpha_pattern=layer_patterns(alphas),
     )
-    injection = inject(model, config, seed)
-    with torch.no_grad():
+    with uninterrupted(), torch.no_grad():
+        injection = inject(model, config, seed)
         for name, adapted in product_layers(model).items():
             adapted.lora_A.copy_(found[name][1][: adapted.r])
     return injection
@@ -84,8 +85,10 @@ def input_directions(
     mask: Tensor | None = None
 
     def add(name: str, input: Tensor) -> None:
-        rows = input if mask is None or input.shape[:-1] != mask.shape else input[mask.bool()]
-        rows = rows.reshape(-1, input.shape[-1]).double()
+        rows = input.reshape(-1, input.shape[-1])
+        if mask is not None and mask.numel() == len(rows):
+            rows = rows[mask.reshape(-1).bool()]
+        rows = rows.double()
         grams[name] = grams.get(name, 0) + rows.T @ rows
 
     modes = {module: module.training for module in model.modules()}
@@ -112,6 +115,8 @@ def input_directions(
         gram = grams.pop(name)
         if not gram.isfinite().all():
             raise ValueError(f"{name}: its inputs are not finite")
+        if not gram.any():
+            raise ValueError(f"{name}: its inputs are all zero or padding")
         squares, vectors = torch.linalg.eigh(gram)  # ascending, vectors as columns
         squares = squares.flip(0).clamp(min=0)
         found[name] = (squares / squares.sum().clamp(min=torch.finfo(squares.dtype).tiny), vectors.T.flip(0))

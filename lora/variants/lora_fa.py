@@ -14,6 +14,10 @@ the r random input directions in A. A folder in PEFT's format is plain LoRA; our
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import nn
+
 from lora.linear import LoRALinear
 
 
@@ -21,3 +25,7 @@ class LoRAFALinear(LoRALinear):
     """An nn.Linear with a LoRA-FA adapter: LoRALinear, of which only lora_B trains."""
 
     trained_tensors = ("lora_B",)
+
+    def __init__(self, linear: nn.Linear, *args: Any, **settings: Any):
+        super().__init__(linear, *args, **settings)
+        self.lora_A.requires_grad_(False)

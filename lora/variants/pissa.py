@@ -35,8 +35,9 @@ class PiSSALinear(LoRALinear):
     """An nn.Linear with a PiSSA adapter: x (..., in) -> (..., out).
 
     Differs from LoRALinear by the start of lora_A and lora_B, and by the buffers `start_A` (r, in) and
-    `start_B` (out, r), in the dtype of lora_A. Raises ValueError if r exceeds the number of singular values,
-    or if one at which the adapter would start is 0: its direction would get no gradient.
+    `start_B` (out, r), in the dtype of lora_A. Raises ValueError if the weight is not finite, if r exceeds
+    the number of singular values, or if one at which the adapter would start is 0 to rounding: its direction
+    would get no gradient.
     """
 
     adapter_tensors = (*LoRALinear.adapter_tensors, "start_A", "start_B")
@@ -46,9 +47,13 @@ class PiSSALinear(LoRALinear):
         super().__init__(linear, *args, **settings)
         if self.r > min(self.weight.shape):
             raise ValueError(f"r: {self.r} is more than the rank {min(self.weight.shape)} of the weight")
-        U, S, Vh = torch.linalg.svd(self.base_weight.detach().double(), full_matrices=False)
+        W = self.base_weight.detach().double()
+        if not W.is_meta and not W.isfinite().all():
+            raise ValueError("the weight is not finite")
+        U, S, Vh = torch.linalg.svd(W, full_matrices=False)
         part = slice(self.r) if self.largest else slice(len(S) - self.r, None)
-        if not S.is_meta and not S[part].all():
+        rounding = max(W.shape) * torch.finfo(W.dtype).eps * S[0]  # of the singular values
+        if not S.is_meta and not (S[part] > rounding).all():
             raise ValueError(
                 "a singular value at which the adapter would start is 0, and would get no gradient"
             )
@@ -97,8 +102,8 @@ class PiSSALinear(LoRALinear):
     @staticmethod
     def to_plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """A folder's tensors, with [A; A₀] as lora_A and [B, -B₀] as lora_B."""
-        starts = (".start_A", ".start_B")
-        plain = {name: tensor for name, tensor in tensors.items() if not name.endswith(starts)}
+        starts = {_start_of(name) for name in tensors if name.endswith((".lora_A", ".lora_B"))}
+        plain = {name: tensor for name, tensor in tensors.items() if name not in starts}
         for name in plain:
             if name.endswith(".lora_A"):
                 plain[name] = torch.cat([plain[name], tensors[_start_of(name)]])

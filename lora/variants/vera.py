@@ -7,18 +7,18 @@ VeRA (Kopiczko et al. 2023, arXiv 2310.11454, equation 2) computes
     A    (r, in)   frozen, random, the same for all layers     λ_d  (r,)    trained, starts at d_initial
     B    (out, r)  frozen, random, the same for all layers     λ_b  (out,)  trained, starts at zero
 
-The pair has the size of the largest layer, and each layer uses a slice: the first `in` columns of A and the
-first `out` rows of B. Kaiming uniform numbers from `projection_prng_key` fill it, as in PEFT, so that it need
-not be saved (save_projection).
+The pair has the largest `in` and the largest `out` of all layers, and each layer uses a slice: the first
+`in` columns of A and the first `out` rows of B. Kaiming uniform numbers from `projection_prng_key` fill it,
+as in PEFT, so that it need not be saved (save_projection).
 
-Trains out + r numbers per layer: with r = 256 fewer than LoRA with r = 1. It costs thin products of rank r,
-which is large, and there is no α: scaling is 1.
+Trains out + r numbers per layer: with r = 256 fewer than LoRA with r = 1, if in > 256. It costs thin products
+of rank r, which is large, and there is no α: scaling is 1.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,17 +34,27 @@ _FIELDS = ("projection_prng_key", "d_initial", "save_projection")
 
 
 class Projection(nn.Module):
-    """The frozen pair: vera_A (r, in) and vera_B (out, r), Kaiming uniform from the seed `key`, float32."""
+    """The frozen pair: vera_A (r, in) and vera_B (out, r), Kaiming uniform from the seed `key`, float32.
+
+    A cast leaves it as it is, because it belongs to layers that are not cast too.
+    """
 
     def __init__(self, out_features: int, in_features: int, r: int, key: int):
         super().__init__()
         generator = torch.Generator().manual_seed(key)
         for name, shape in (("vera_A", (r, in_features)), ("vera_B", (out_features, r))):
             bound = math.sqrt(6 / shape[1])  # Kaiming uniform for a ReLU, as in PEFT
-            matrix = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+            matrix = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, matrix, persistent=False)
         self.vera_A: Tensor
         self.vera_B: Tensor
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Projection:
+        def move(matrix: Tensor) -> Tensor:
+            return fn(matrix) if matrix.is_meta else matrix.to(fn(matrix[:0]).device)
+
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
+        return self
 
 
 class VeRALinear(LoRALinear):
@@ -73,7 +83,7 @@ class VeRALinear(LoRALinear):
         dtype, device = torch.promote_types(self.weight.dtype, torch.float32), self.weight.device
         self.vera_lambda_b = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device))
         self.vera_lambda_d = nn.Parameter(torch.full((r,), LoraConfig.d_initial, dtype=dtype, device=device))
-        self.projection = Projection(self.out_features, self.in_features, r, 0).to(device, dtype)
+        self.projection = Projection(self.out_features, self.in_features, r, 0).to(device)
 
     @classmethod
     def share(cls, layers: Sequence[VeRALinear], config: LoraConfig) -> None:
@@ -81,7 +91,7 @@ class VeRALinear(LoRALinear):
         out_features = max(layer.out_features for layer in layers)
         in_features = max(layer.in_features for layer in layers)
         pair = Projection(out_features, in_features, config.r, config.projection_prng_key)
-        pair.to(layers[0].weight.device, layers[0].vera_lambda_d.dtype)
+        pair.to(layers[0].weight.device)
         for layer in layers:
             layer.projection, layer.save_projection = pair, config.save_projection
             with torch.no_grad():
@@ -116,12 +126,16 @@ class VeRALinear(LoRALinear):
         return (*versions, *super()._versions())
 
     def _slices(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r): the part of the pair that the layer uses."""
-        return self.projection.vera_A[:, : self.in_features], self.projection.vera_B[: self.out_features]
+        """A (r, in) and B (out, r): the part of the pair that the layer uses, in the dtype of λ."""
+        A, B = self.projection.vera_A[:, : self.in_features], self.projection.vera_B[: self.out_features]
+        return A.to(self.vera_lambda_d), B.to(self.vera_lambda_d)
 
 
 def check_vera(config: LoraConfig) -> None:
-    """Raises TypeError or ValueError if a setting of VeRA is invalid, or given together with one of LoRA."""
+    """Raises TypeError or ValueError if a setting of VeRA is invalid, or given together with one of LoRA.
+
+    lora_alpha is ignored, as in PEFT.
+    """
     check_number("d_initial", config.d_initial)
     if not abs(config.d_initial) < torch.finfo(torch.float32).max:
         raise ValueError(f"d_initial: {config.d_initial!r} is not within float32")
