@@ -235,10 +235,7 @@ def load_adapter(
         _check_base(model, adapter, linears, saved, folder)
 
     with uninterrupted(), unchanged_on_error(model), torch.no_grad():
-        try:
-            layers = build_layers(model, config, injection, layer, seed=0)
-        except ValueError as error:  # the weight of a layer is not one that the variant can start from
-            raise AdapterError(f"{folder}: {error}") from error
+        layers = build_layers(model, config, injection, layer, 0, **_without_start(layer))
         named = {name: layers[linear] for name, linear in linears.items()}
         for name, tensor in _adapter_tensors(named, saved).items():
             tensor.copy_(adapter.tensors[name])
@@ -290,11 +287,16 @@ def _expected_tensors(
             kind = (shape, dtype, tuple(settings.values()))
             if kind not in by_kind:  # one layer serves all of a kind, because only shapes are read
                 make: Any = layer
-                by_kind[kind] = make(nn.Linear(*shape, dtype=dtype), **settings)
+                by_kind[kind] = make(nn.Linear(*shape, dtype=dtype), **settings, **_without_start(layer))
             layers[name] = by_kind[kind]
         if hasattr(layer, "share"):
             layer.share(list(layers.values()), config)
     return _adapter_tensors(layers, saved)
+
+
+def _without_start(layer: type[MergeableLinear]) -> dict[str, Any]:
+    """Arguments for a layer whose tensors are loaded next, so that their start need not be computed."""
+    return getattr(layer, "without_start", {})
 
 
 def _check_tensors(

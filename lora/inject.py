@@ -151,16 +151,24 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
 
 
 def build_layers(
-    model: nn.Module, config: LoraConfig, injection: Injection, layer: type[MergeableLinear], seed: int
+    model: nn.Module,
+    config: LoraConfig,
+    injection: Injection,
+    layer: type[MergeableLinear],
+    seed: int,
+    **settings: Any,
 ) -> dict[nn.Module, MergeableLinear]:
-    """The adapted layer of each Linear in `injection.adapted`. These Linears are frozen."""
+    """The adapted layer of each Linear in `injection.adapted`. These Linears are frozen.
+
+    settings: further arguments of the constructor.
+    """
     layers: dict[nn.Module, MergeableLinear] = {}
     for name, linear in modules_once(model, injection.names).items():
         generator = torch.Generator().manual_seed(derived_seed(seed, name))
         convert = CONVERSIONS.get(type(linear).__name__)
         kind: Any = convert(layer) if convert else layer
         with naming(name):
-            layers[linear] = kind(linear, **config.for_layer(name), generator=generator)
+            layers[linear] = kind(linear, **config.for_layer(name), **settings, generator=generator)
         if hasattr(linear, "on_inject"):  # a Linear that was changed in place passes the change on
             linear.on_inject(layers[linear])  # type: ignore[operator]
     if hasattr(layer, "share"):  # a variant whose layers have tensors in common

@@ -501,6 +501,24 @@ def test_pissa_and_milora_start_at_the_two_ends_of_the_spectrum(variant, part):
         inject(model, config)
 
 
+@pytest.mark.parametrize("variant", ["pissa", "milora"])
+def test_loading_computes_no_start(variant, tmp_path, monkeypatch):
+    def linear(out_features=12):
+        torch.manual_seed(0)
+        return nn.ModuleDict({"query": nn.Linear(12, out_features)})
+
+    model, loaded = linear(), linear()
+    inject(model, config_of(variant, target_modules=("query",), modules_to_save=()))
+    save_adapter(model, tmp_path, base="tiny")
+    monkeypatch.setattr("torch.linalg.svd", None)
+    with torch.no_grad():
+        loaded["query"].weight.zero_()  # a weight that no adapter could start from
+    load_adapter(loaded, tmp_path, check_base=False)
+    assert torch.equal(loaded["query"].start_B, model["query"].start_B)
+    with pytest.raises(AdapterError, match="lora_B is"):
+        load_adapter(linear(3), tmp_path)
+
+
 def test_lora_fa_trains_b_alone_without_inject_too():
     layer = layer_of("lora_fa")
     alone = type(layer)(layer.to_linear(), r=2, lora_alpha=2)

@@ -20,7 +20,7 @@ note in it says how to divide it again, so that here it is loaded as it was, wit
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,10 +41,21 @@ class PiSSALinear(LoRALinear):
     """
 
     adapter_tensors = (*LoRALinear.adapter_tensors, "start_A", "start_B")
+    without_start: ClassVar[dict[str, bool]] = {"start": False}  # spares load_adapter the SVD
     largest = True  # which of the singular values
 
-    def __init__(self, linear: nn.Linear, *args: Any, **settings: Any):
+    def __init__(self, linear: nn.Linear, *args: Any, start: bool = True, **settings: Any):
         super().__init__(linear, *args, **settings)
+        if start:
+            self._start()
+        self.register_buffer("start_A", self.lora_A.detach().clone())
+        self.register_buffer("start_B", self.lora_B.detach().clone())
+        self.start_A: Tensor
+        self.start_B: Tensor
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Sets A and B to A₀ and B₀."""
         if self.r > min(self.weight.shape):
             raise ValueError(f"r: {self.r} is more than the rank {min(self.weight.shape)} of the weight")
         W = self.base_weight.detach().double()
@@ -58,13 +69,8 @@ class PiSSALinear(LoRALinear):
                 "a singular value at which the adapter would start is 0, and would get no gradient"
             )
         root = (S[part] / self.scaling).sqrt()
-        with torch.no_grad():
-            self.lora_A.copy_(root[:, None] * Vh[part])
-            self.lora_B.copy_(U[:, part] * root)
-        self.register_buffer("start_A", self.lora_A.detach().clone())
-        self.register_buffer("start_B", self.lora_B.detach().clone())
-        self.start_A: Tensor
-        self.start_B: Tensor
+        self.lora_A.copy_(root[:, None] * Vh[part])
+        self.lora_B.copy_(U[:, part] * root)
 
     def forward(self, x: Tensor) -> Tensor:
         h = MergeableLinear.forward(self, x)  # W·x + b: (..., in) -> (..., out)
