@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapted import lora_config, lora_layers, unmerged
-from lora.errors import naming
 from lora.fingerprint import FLOATS
 from lora.interrupts import uninterrupted
 from lora.merge import merge as merge_model
-from lora.merge import refuse_shared
+from lora.merge import naming, refuse_shared
 from lora.mergeable import MergeableLinear
 from lora.modules import unwrap
 from lora.targets import remove_hooks

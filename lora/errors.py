@@ -1,7 +1,4 @@
-"""The base class of errors that a user can fix, and what is said about an error."""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
+"""The base class of errors that a user can fix."""
 
 
 class UserError(Exception):
@@ -10,15 +7,6 @@ class UserError(Exception):
     The message says what is wrong, where, and what to do. Command-line tools print it without a traceback
     and exit with code 2, as they do for an OSError.
     """
-
-
-@contextmanager
-def naming(name: str) -> Iterator[None]:
-    """Context that puts the layer's name before the message of an error."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        raise type(error)(f"{name}: {error}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -27,7 +27,6 @@ from lora.fingerprint import FLOATS, difference, fingerprint
 from lora.inject import (
     CONVERSIONS,
     build_layers,
-    checked_class,
     find_targets,
     layer_class,
     swap_in,
@@ -220,7 +219,7 @@ def load_adapter(
     if has_adapter(model):
         raise RuntimeError("the model has an adapter already; eject it first")
     try:
-        layer = checked_class(config, layer)
+        layer = layer_class(config, layer)
         injection = find_targets(model, config)
     except (TypeError, ValueError) as error:
         raise AdapterError(f"{folder}: {error}") from error

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from lora.config import LoraConfig
-from lora.errors import naming
 from lora.interrupts import uninterrupted
 from lora.linear import LoRALinear
 from lora.mergeable import MergeableLinear
@@ -46,30 +45,13 @@ CHECKS: list[Callable[[nn.Module, Injection], None]] = []  # raise if a module c
 # By the name of a class that is no nn.Linear but computes W·x + b: makes a layer class one that adapts it.
 CONVERSIONS: dict[str, Callable[[type[MergeableLinear]], type[MergeableLinear]]] = {}
 AFTER_SWAP: list[Callable[[nn.Module], None]] = []  # change modules around the adapted ones
-# Filled by lora/variants: a field of LoraConfig, a value of it, and the class of layers that it asks for.
-VARIANTS: list[tuple[str, object, type[LoRALinear]]] = []
+# The last one counts: `layer_class`, which lora/variants sets.
+LAYER_CLASS: list[Callable[[LoraConfig, Any], type[MergeableLinear]]] = [lambda _, layer: layer or LoRALinear]
 
 
-def layer_class(config: LoraConfig) -> type[MergeableLinear]:
-    """The class of the layers that `config` describes: LoRALinear, or a variant of it."""
-    asked = (layer for field, value, layer in VARIANTS if getattr(config, field) == value)
-    return next(asked, LoRALinear)
-
-
-def checked_class(config: LoraConfig, layer: type[MergeableLinear] | None) -> type[MergeableLinear]:
-    """`layer`, or without one the class that `config` asks for.
-
-    Raises ValueError if it is not of the variant that the config asks for: a folder has the config alone.
-    """
-    asked = layer_class(config)
-    layer = layer or asked
-    if asked is not LoRALinear and not issubclass(layer, asked):
-        raise ValueError(f"layer: {layer.__name__} is no {asked.__name__}, which the config asks for")
-    settings = {variant: f"{name}={value!r}" for name, value, variant in VARIANTS}
-    for kind in layer.__mro__:
-        if kind in settings and not issubclass(asked, kind):
-            raise ValueError(f"layer: {layer.__name__} needs a config with {settings[kind]}")
-    return layer
+def layer_class(config: LoraConfig, layer: type[MergeableLinear] | None = None) -> type[MergeableLinear]:
+    """`layer`, or the class that `config` asks for. Raises ValueError if `layer` is of another variant."""
+    return LAYER_CLASS[-1](config, layer)
 
 
 def inject(
@@ -86,16 +68,15 @@ def inject(
     config asks for, a subclass of MergeableLinear with LoRALinear's constructor; `check_layer` tests one.
 
     Raises RuntimeError if the model has an adapter, ValueError if a pattern matches nothing, an A would have
-    more than min(in, out) rows, or `layer` is of another variant than the config, TypeError if a module
-    cannot be adapted or cannot train. The model is then unchanged. A signal, such as Ctrl-C, takes effect
-    before or after the change.
+    more than min(in, out) rows or `layer` is of another variant, TypeError if a module cannot be adapted or
+    cannot train. The model is then unchanged. A signal, such as Ctrl-C, waits until the change is made.
     """
     if any(isinstance(module, MergeableLinear) for module in model.modules()):
         raise RuntimeError("the model has an adapter already; eject it first")
     injection = find_targets(model, config)
     _refuse_unmatched(model, "target_modules", injection.adapted, config)
     _refuse_unmatched(model, "modules_to_save", injection.saved, config)
-    kind = checked_class(config, layer)
+    kind = layer_class(config, layer)
     for name, linear in modules_once(model, injection.names).items():
         r, rank = config.for_layer(name)["r"], min(linear._parameters["weight"].shape)  # type: ignore[union-attr]
         if r > rank and "lora_A" in kind.adapter_tensors:
@@ -151,24 +132,18 @@ def find_targets(model: nn.Module, config: LoraConfig) -> Injection:
 
 
 def build_layers(
-    model: nn.Module,
-    config: LoraConfig,
-    injection: Injection,
-    layer: type[MergeableLinear],
-    seed: int,
-    **settings: Any,
+    model: nn.Module, config: LoraConfig, injection: Injection, layer: Any, seed: int, **settings: Any
 ) -> dict[nn.Module, MergeableLinear]:
-    """The adapted layer of each Linear in `injection.adapted`. These Linears are frozen.
-
-    settings: further arguments of the constructor.
-    """
+    """The layer of each Linear in `injection.adapted`, which is frozen. settings: for the constructor too."""
     layers: dict[nn.Module, MergeableLinear] = {}
     for name, linear in modules_once(model, injection.names).items():
         generator = torch.Generator().manual_seed(derived_seed(seed, name))
         convert = CONVERSIONS.get(type(linear).__name__)
         kind: Any = convert(layer) if convert else layer
-        with naming(name):
+        try:
             layers[linear] = kind(linear, **config.for_layer(name), **settings, generator=generator)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         if hasattr(linear, "on_inject"):  # a Linear that was changed in place passes the change on
             linear.on_inject(layers[linear])  # type: ignore[operator]
     if hasattr(layer, "share"):  # a variant whose layers have tensors in common

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from lora.adapted import lora_layers, quantised_as, unmerged
-from lora.errors import naming
 from lora.interrupts import uninterrupted
 from lora.mergeable import MergeableLinear
 from lora.modules import unique_modules
@@ -163,6 +162,15 @@ def _merge_all(layers: dict[str, MergeableLinear]) -> None:
                 if layer.merged:
                     layer.unmerge()
             raise
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Context that puts the layer's name before the message of an error."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise type(error)(f"{name}: {error}") from error
 
 
 @contextmanager

@@ -205,16 +205,12 @@ class MergeableLinear(nn.Linear):
             # What was stale stays stale, because the values to compare with are moved or cast alike.
             self._merged_from = tuple(map(fn, before))
             if any(now.dtype != then.dtype for now, then in zip(self._merged_from, before, strict=True)):
-                self._merge_again()
+                try:
+                    self.weight.copy_(self.rounded_weight(self.weight.dtype))
+                except ValueError as error:
+                    warnings.warn(str(error), stacklevel=3)
+                self._merged_from = (*self._merged_from[:-1], self._watched()[-1])
         return self
-
-    def _merge_again(self) -> None:
-        """Writes the merged weight anew, after a cast of W and the adapter."""
-        try:
-            self.weight.copy_(self.rounded_weight(self.weight.dtype))
-        except ValueError as error:
-            warnings.warn(str(error), stacklevel=4)
-        self._merged_from = (*self._merged_from[:-1], self._watched()[-1])
 
 
 def share_hooks(source: nn.Module, target: nn.Module) -> None:

@@ -52,6 +52,7 @@ def test_the_original_settings_are_the_original_settings():
         ("epochs=2", ("epochs", 2)),
         ("learning_rate=1e-3", ("learning_rate", 1e-3)),
         ("use_rslora=true", ("use_rslora", True)),
+        ("use_rslora=True", ("use_rslora", True)),
         ("init_lora_weights=pissa", ("init_lora_weights", "pissa")),
         ("init_lora_weights=true", ("init_lora_weights", True)),
         ("model=minilm", ("model", "minilm")),

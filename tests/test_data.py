@@ -29,6 +29,10 @@ def test_both_formats_are_read(tmp_path):
     assert news.labels == ("World", "Sports")
     assert news.test["text"][0] == "T war and peace"  # title and description, as the hub joins them
     assert news.test["label"][:2] == [0, 1]
+    kaggles = load(
+        tmp_path / "ag", '"Class Index","Title","Description"\n' + GOOD_AG, classes="World\nSports\n"
+    )
+    assert kaggles.digest() == news.digest()
 
 
 def test_a_quoted_line_break_and_an_empty_title_are_fine(tmp_path):

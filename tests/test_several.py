@@ -264,7 +264,7 @@ def test_a_cut_and_other_classes_are_reported(tmp_path, capsys):
         (["news:x"], "news:x: not of the form RUN:WEIGHT with a number"),
         (["news"], "news: not of the form RUN:WEIGHT with a number"),
         ([":1"], ":1: not of the form RUN:WEIGHT with a number"),
-        (["news:1", "news:2"], "news:2: news is given twice"),
+        (["news:1", "news/:2"], "news/:2: news/ is given twice"),
         (["news:nan"], "the weight of 'news' is nan, which is not finite"),
         (["news:1e300"], "not finite"),
         (["news:1", "none:1"], "none: there is no such folder"),

@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import content
 
-from train.checkpoint import list_checkpoints
+from train.checkpoint import _same, list_checkpoints
 from train.config import Recipe
 from train.console import _open_after
 from train.job import run_job
@@ -178,6 +178,15 @@ def test_a_run_stopped_and_resumed_on_two_processes_is_the_run_on_one(recipe_fil
     summaries = [json.loads((run / "summary.json").read_text()) for run in (one, two)]
     assert summaries[0]["test_confusion_matrix"] == summaries[1]["test_confusion_matrix"]
     assert summaries[0]["train_examples"] == summaries[1]["train_examples"] == 8 * 27
+
+
+def test_a_checkpoint_of_a_recipe_with_fewer_fields_is_of_the_same_recipe():
+    recipe = Recipe(r=4)
+    before = "".join(line for line in recipe.to_toml().splitlines(keepends=True) if "use_dora" not in line)
+    assert _same("recipe", before, recipe.to_toml())
+    assert not _same("recipe", before, Recipe(r=4, use_dora=True).to_toml())
+    assert not _same("recipe", "r = 'x'", recipe.to_toml())
+    assert not _same("data", before, recipe.to_toml())
 
 
 def test_a_readers_copies_are_no_checkpoints(tmp_path):

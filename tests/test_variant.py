@@ -37,8 +37,9 @@ from lora.adapted import has_low_rank, lora_layers
 from lora.anatomy import principal_angles, svd
 from lora.fast import FastLinear, fuse
 from lora.files import CONFIG_FILE, TENSOR_FILE, _from_peft_key, _to_peft_key
-from lora.inject import VARIANTS, layer_class
+from lora.inject import layer_class
 from lora.storage import read_tensors, write_tensors
+from lora.variants import VARIANTS
 from lora.variants.eva import EVALinear, inject_eva
 from lora.variants.lora_plus import parameter_groups
 from model import load_base, speed_up

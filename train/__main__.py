@@ -9,7 +9,7 @@ import sys
 
 def _stop(number: int, _frame: object) -> None:
     """Stops at once: outside of training there is no step to finish, and files are written atomically."""
-    os.write(2, b"\nstopped outside of training; the files on disk are complete\n")
+    os.write(2, b"\nstopped outside of training; no file is half-written, and --resume continues a run\n")
     os._exit(128 + number)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from lora.adapted import has_adapter, lora_layers
 from lora.errors import UserError
-from lora.storage import DamagedFileError, read_tensors, write_tensors
+from lora.storage import DamagedFileError, read_tensors, remove_unfinished, write_tensors
+from train.config import parse_recipe
 from train.loop import State, Trainer
 
 _ENTRY = "checkpoint"
@@ -55,8 +56,7 @@ def save_checkpoint(folder: Path, trainer: Trainer, identity: dict[str, str]) ->
     write_tensors(path, _tensors(trainer), _ENTRY, note)
     for old in list_checkpoints(folder)[:-_KEEP]:
         old.unlink()
-    for unfinished in folder.glob(".*.safetensors.*"):  # left by a write that was killed
-        unfinished.unlink()
+    remove_unfinished(folder)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -82,7 +82,7 @@ def load_last_checkpoint(folder: Path, trainer: Trainer, identity: dict[str, str
         raise CheckpointError(f"{error}{older}") from error
     try:
         for name, value in identity.items():
-            if note["identity"].get(name) != value:
+            if not _same(name, note["identity"].get(name), value):
                 raise CheckpointError(
                     f"{path}: cannot resume: the {name} differs from that of the checkpoint"
                 )
@@ -90,6 +90,16 @@ def load_last_checkpoint(folder: Path, trainer: Trainer, identity: dict[str, str
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: not a checkpoint of this version: {error!r}") from error
     return True
+
+
+def _same(name: str, saved: Any, now: str) -> bool:
+    """Whether a part of the identity is the same. A recipe of an earlier version may have fewer fields."""
+    if saved == now or name != "recipe":
+        return bool(saved == now)
+    try:
+        return parse_recipe(saved) == parse_recipe(now)
+    except (TypeError, ValueError):
+        return False
 
 
 def _tensors(trainer: Trainer) -> dict[str, Tensor]:

@@ -45,7 +45,7 @@ def _weights(words: Sequence[str]) -> dict[str, float]:
             run = ""
         if not run:
             raise RunError(f"{word}: not of the form RUN:WEIGHT with a number, such as runs/quickstart:0.5")
-        if run in weights:
+        if Path(run).resolve() in map(Path.resolve, map(Path, weights)):
             raise RunError(f"{word}: {run} is given twice; add up its weights")
         weights[run] = weight
     return weights

@@ -26,6 +26,7 @@ PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 _ALIASES = {  # names of other projects, such as PEFT and transformers, for fields of a recipe
     "alpha": "lora_alpha",
     "base_model": "model",
+    "base_model_name_or_path": "model",
     "batch": "batch_size",
     "bf16": "precision",
     "bs": "batch_size",
@@ -53,6 +54,7 @@ _ALIASES = {  # names of other projects, such as PEFT and transformers, for fiel
     "save_steps": "checkpoint_every_steps",
     "targets": "target_modules",
     "warmup_ratio": "warmup_fraction",
+    "warmup_steps": "warmup_fraction",
     "wd": "weight_decay",
 }
 
@@ -195,7 +197,7 @@ def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> tuple[st
         raise RecipeError(f"recipe {name!r}: its name has characters that cannot be printed; rename it")
     try:
         named = name in known or path.suffix == ".toml" or path.is_file()
-        fields = tomllib.loads(path.read_text(encoding="utf-8")) if named else None
+        fields = tomllib.loads(path.read_text(encoding="utf-8-sig")) if named else None
     except OSError as error:
         raise RecipeError(f"{reprlib.repr(name)}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
@@ -207,6 +209,13 @@ def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> tuple[st
     except RecipeError as error:
         raise RecipeError(f"{path.name}: {error}") from error
     return path.stem, recipe.changed(changes or {})
+
+
+def parse_recipe(text: str) -> Recipe:
+    """The recipe that `to_toml` wrote, also in an earlier version, which had fewer fields. ValueError."""
+    fields = tomllib.loads(text)
+    fields.pop("compile", None)  # an option of version 0.1.0
+    return make_recipe(fields)
 
 
 def make_recipe(fields: Mapping[str, Any]) -> Recipe:
@@ -229,12 +238,14 @@ def field_meant(name: str) -> str:
 def parse_setting(setting: str) -> tuple[str, Any]:
     """Parses `key=value` from the command line. A value that is not TOML is text.
 
-    Comma-separated target_modules are a list, so that `target_modules=query,value` needs no quotes.
-    Raises RecipeError.
+    True and False are read as true and false. Comma-separated target_modules are a list, so that
+    `target_modules=query,value` needs no quotes. Raises RecipeError.
     """
     key, separator, text = setting.partition("=")
     if not separator or not key.strip():
         raise RecipeError(f"--set {setting}: not of the form key=value, without spaces around =")
+    if text.strip() in ("True", "False"):  # Python's
+        text = text.lower()
     try:
         value = tomllib.loads(f"x = {text}")["x"]
     except (ValueError, RecursionError):

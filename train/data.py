@@ -51,8 +51,8 @@ def load_news(name: str, validation_fraction: float, seed: int, max_train_exampl
 
     "bbc:politics,tech" is bbc with these classes alone, in the order of the corpus; each article is in the
     same split. A folder contains train.csv and test.csv, either in AG's format (class from 1, title,
-    description, no header; class names in classes.txt) or with a header `text,label`. Validation rows are
-    split off the training rows, stratified and by `seed`; bbc has a fixed validation part.
+    description, class names in classes.txt, no header or Kaggle's) or with a header `text,label`.
+    Validation rows are split off the training rows, stratified and by `seed`; bbc has fixed ones.
     max_train_examples: the number of training rows to keep, drawn by `seed`; 0 keeps all.
 
     Raises DataError.
@@ -65,12 +65,7 @@ def load_news(name: str, validation_fraction: float, seed: int, max_train_exampl
         train, validation, test = parts["train"], parts["validation"], parts["test"]
         _refuse_too_few(name, train, labels)
     else:
-        if Path(name).is_dir():
-            train, test, labels = _read_folder(Path(name))
-        elif Path(name).is_file():
-            raise DataError(f"{name}: this is a file; give the folder that contains train.csv and test.csv")
-        else:
-            train, test, labels = _read_hub(name)
+        train, test, labels = _read_folder(Path(name)) if Path(name).is_dir() else _read_hub(name)
         _refuse_too_few(name, train, labels)
         # As many rows as classes on both sides, without which a stratified split is refused.
         size = min(max(round(validation_fraction * len(train)), len(labels)), len(train) - len(labels))
@@ -83,6 +78,28 @@ def load_news(name: str, validation_fraction: float, seed: int, max_train_exampl
     if max_train_examples and max_train_examples < len(train):
         train = train.shuffle(seed=seed).select(range(max_train_examples))
     return News(train, validation, test, labels)
+
+
+def load_test(name: str, labels: tuple[str, ...]) -> Dataset:
+    """The test split alone, its classes as indices into `labels`; a folder needs test.csv alone.
+
+    Raises DataError, also if a class is not one of `labels`.
+    """
+    found: tuple[str, ...]
+    if Path(name).is_dir() and not is_bbc(name):
+        names = _class_names(Path(name) / "classes.txt")
+        texts, classes = _read_csv(Path(name) / "test.csv", names, names)
+        found = names or tuple(sorted(set(classes)))
+    else:
+        if is_bbc(name):
+            news = load_news(name, validation_fraction=0.1, seed=0)
+            test, found = news.test, news.labels
+        else:
+            _, test, found = _read_hub(name)
+        texts, classes = list(test["text"]), [found[index] for index in test["label"]]
+    if not set(found) <= set(labels):
+        raise DataError(f"{name}: its classes are {', '.join(found)}; the model knows {', '.join(labels)}")
+    return _dataset(texts, [labels.index(name) for name in classes], labels)
 
 
 def _some_classes(
@@ -172,6 +189,9 @@ def _read_csv(path: Path, names: tuple[str, ...], known: tuple[str, ...]) -> tup
                 header = [cell.strip().lower() for cell in row]
                 if sorted(header) == ["label", "text"]:
                     continue
+                if header == ["class index", "title", "description"]:  # AG's format as Kaggle has it
+                    header = []
+                    continue
                 if {"label", "text"} < set(header):
                     raise DataError(f"{where}: the header is {','.join(header)} instead of text,label alone")
                 header = []
@@ -225,6 +245,8 @@ def _decode(path: Path) -> str:
 
 
 def _read_hub(name: str) -> tuple[Dataset, Dataset, tuple[str, ...]]:
+    if Path(name).is_file():
+        raise DataError(f"{name}: this is a file; give the folder that contains train.csv and test.csv")
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DataError(f"{name}: there is no such folder")
     name = AG_NEWS_ON_HUB if name == "ag_news" else name

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from model import speed_up
 from train.batches import Encoded, batches_by_length, collate, encode
 from train.config import Recipe
+from train.data import load_test
 from train.distributed import SINGLE_PROCESS, World
 from train.hardware import autocast, resolve_device, resolve_precision
 from train.metrics import Scores
 from train.runs import RunError
-from train.trained import Trained, news_of
+from train.trained import Trained
 
 Score = dict[str, float]
 
@@ -81,11 +82,11 @@ class TestSplit:
         """The test split of a run's data, or of other `data`. Raises DataError, RunError."""
         if trained.tokenizer is None:
             raise RunError("the base model comes without a tokenizer, so it cannot read texts")
-        news = news_of(trained, recipe, data)
+        test = load_test(data or recipe.data, trained.labels)
         device = resolve_device("auto")  # not the run's, which may be on another machine
         return cls(
-            split=news.test,
-            rows=encode(news.test, trained.tokenizer, trained.max_length_tokens),
+            split=test,
+            rows=encode(test, trained.tokenizer, trained.max_length_tokens),
             tokenizer=trained.tokenizer,
             batch_size=2 * recipe.batch_size,
             max_length_tokens=trained.max_length_tokens,

@@ -20,7 +20,7 @@ from lora import LoRALinear, ParameterCount, check_layer, count_parameters
 from lora.fingerprint import config_fields
 from lora.inject import layer_class
 from lora.modules import train_only
-from lora.storage import digest, write_atomically
+from lora.storage import digest, remove_unfinished, write_atomically
 from model import HEAD, load_base, longest_text, speed_up
 from train.adapter import inject_adapter, quantise_base
 from train.batches import Encoded, encode, tokenizer_digest
@@ -37,6 +37,7 @@ from train.metrics import Scores
 from train.predictions import write_predictions
 from train.run_figures import draw_all
 from train.runs import (
+    ADAPTER,
     CHECKPOINT,
     CONFIG,
     FIGURES,
@@ -101,6 +102,8 @@ def run_job(name: str, recipe: Recipe, folder: Path, resume: bool = False) -> Re
     with join_world(device) as world, locked(folder) if world.is_main else contextlib.nullcontext():
         if world.is_main:
             prepare_folder(folder, recipe, resume)  # again, because another run may have taken the lock first
+            for each in (folder, folder / ADAPTER):
+                remove_unfinished(each)
             write_recipe(folder, name, recorded)
         train, validation, test = (
             _encode_once(split, tokenizer, recipe.max_length_tokens, world)
@@ -248,6 +251,8 @@ def _save_results(
     write_predictions(folder, texts, truth.tolist(), logits, labels)
     summary = make_summary(name, trainer, counts, scores, labels, trained_bytes)
     write_atomically(folder / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+    for older in list_checkpoints(folder / CHECKPOINT)[:-1]:
+        older.unlink()
     try:
         draw_all(folder / FIGURES, name, read_log(folder / METRICS), scores, labels)
     except Exception as error:

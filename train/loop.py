@@ -103,6 +103,7 @@ class Trainer:
         self.best: dict[str, Tensor] = {}  # the trainable parameters of the best epoch
         self.loss_sum = torch.zeros((), device=device)  # over the rows since the last logged step
         self.rows = 0  # since the last logged step
+        self._rate = 0.0  # the learning rate of the last step
         self._unchecked: list[tuple[int, list[np.ndarray], Tensor]] = []  # step, its rows, whether finite
 
     def epochs(self) -> Iterator[dict[str, Any] | None]:
@@ -143,6 +144,7 @@ class Trainer:
         if self.telemetry and self._is_logged(self.state.step + 1):
             self.telemetry.note_gradients()
         norm = nn.utils.clip_grad_norm_(self.trainable.values(), self.recipe.max_gradient_norm or math.inf)
+        self._rate = self.scheduler.get_last_lr()[0]
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.scheduler.step()
@@ -235,8 +237,11 @@ class Trainer:
             parameter.copy_(self.best[name])
 
     def _is_logged(self, step: int) -> bool:
-        """The first step is logged too: it shows that at first only B has a gradient that is not zero."""
-        return step == 1 or step % self.recipe.log_every_steps == 0
+        """The first step is logged too: it shows that at first only B has a gradient that is not zero.
+
+        So is the last one of an epoch, to which the validation belongs.
+        """
+        return step == 1 or step % self.recipe.log_every_steps == 0 or step % self.steps_per_epoch == 0
 
     def _line(self, gradient_norm: Tensor) -> dict[str, Any]:
         """The log line of the steps since the last one. Waits for the device."""
@@ -249,7 +254,7 @@ class Trainer:
             "step": self.state.step,
             "epoch": round(self.state.epoch + self.state.step_in_epoch / self.steps_per_epoch, 4),
             "loss": loss,
-            "learning_rate": self.scheduler.get_last_lr()[0],
+            "learning_rate": self._rate,
             "gradient_norm": norm if math.isfinite(norm) else None,  # None for a step that float16 skipped
             **(self.telemetry.line() if self.telemetry else {}),
         }
@@ -276,6 +281,6 @@ class Trainer:
             if self.scaler.get_scale() >= 1:
                 return
         raise TrainingError(
-            f"step {step}: the loss or its gradient is not finite, among the training rows {rows}. "
-            'A lower learning_rate, max_gradient_norm above 0 or precision = "fp32" may help'
+            f"step {step}: the loss or its gradient is not finite, among the rows {rows} of the shuffled"
+            ' training split. A lower learning_rate, max_gradient_norm above 0 or precision = "fp32" may help'
         )

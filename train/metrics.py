@@ -50,8 +50,9 @@ class Scores:
 
     @property
     def macro_f1(self) -> float:
-        """The mean F1 over the classes."""
-        return float(self.f1.mean())
+        """The mean F1 over the classes that occur, as true ones or as predictions; 0 if there are no rows."""
+        occurs = (self.confusion.sum(axis=0) + self.confusion.sum(axis=1)) > 0
+        return float(self.f1[occurs].mean()) if occurs.any() else 0.0
 
     def report(self, labels: tuple[str, ...]) -> list[dict[str, Any]]:
         """One row per class: label, precision, recall, f1, rows."""

@@ -7,7 +7,6 @@ import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -82,9 +81,7 @@ def _print_predictions(run: str, named: list[str], given: list[str], as_json: bo
         trained = {"": load_trained(Path(run), text=True)}
     if not given and sys.stdin is None:
         return print_error("stdin is closed; give a TEXT")
-    if not given and isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(encoding="utf-8-sig", errors="strict")  # whatever the locale
-    lines = given or (line.rstrip("\r\n") for line in sys.stdin)
+    lines = given or _lines_of_stdin()
     names = tuple(trained)
     requests = _parse_json_lines(lines, names) if jsonl else ((line, names) for line in lines)
     # On a terminal each line is answered at once; a pipe is read in batches.
@@ -92,12 +89,19 @@ def _print_predictions(run: str, named: list[str], given: list[str], as_json: bo
     batch_size = 1 if interactive else max(1, _BATCH_SIZE // len(names))
     if interactive:
         print("reading one text per line; Ctrl-D ends the input", file=sys.stderr)
-    try:
-        for line in predict_lines(trained, adapters, requests, batch_size, as_json):
-            print(line, flush=interactive)
-    except UnicodeDecodeError as error:
-        return print_error(f"stdin is not UTF-8: {error}")
+    for line in predict_lines(trained, adapters, requests, batch_size, as_json):
+        print(line, flush=interactive)
     return 0
+
+
+def _lines_of_stdin() -> Iterator[str]:
+    """The lines of stdin, in UTF-8 whatever the locale. Raises DataError, which names the line."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+    for number, line in enumerate(sys.stdin, 1):
+        if not is_unicode(line):
+            raise DataError(f"stdin:{number}: the line is not UTF-8")
+        yield line.rstrip("\r\n")
 
 
 def _folders(named: Iterable[str]) -> dict[str, Path]:
@@ -142,8 +146,7 @@ def predict_lines(
     device = resolve_device("auto")
     precision = resolve_precision("auto", device)
     speed_up(next(iter(trained.values())).model.to(device), precision)
-    remaining = iter(requests)
-    while batch := list(islice(remaining, batch_size)):
+    for batch in _batches(requests, batch_size):
         rows = [(name, text) for text, names in batch for name in names]
         given = [(name, text) for name, text in rows if text.strip()]
         probabilities = iter(_probabilities(trained, adapters, given, device, precision))
@@ -152,6 +155,24 @@ def predict_lines(
                 yield _line(name, text, trained[name].labels, next(probabilities), as_json)
             else:
                 yield ""
+
+
+def _batches(requests: Iterable[_Request], size: int) -> Iterator[list[_Request]]:
+    """The requests in lists of `size`. Those before one that cannot be read are yielded before its error."""
+    batch: list[_Request] = []
+    error = None
+    try:
+        for request in requests:
+            batch.append(request)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except DataError as found:
+        error = found
+    if batch:
+        yield batch
+    if error:
+        raise error
 
 
 def _line(name: str, text: str, labels: Sequence[str], probabilities: Tensor, as_json: bool) -> str:

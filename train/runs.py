@@ -4,10 +4,10 @@ adapter/               the adapter in PEFT's format (method = lora)
 weights.safetensors    the trained weights (method = full or head)
 config.toml            the recipe
 metrics.jsonl          one line per logged step and epoch
-checkpoint/            the last two checkpoints
+checkpoint/            the last two checkpoints; of a finished run, the last one
 test_predictions.csv   class, prediction, digest and probabilities of each test text (predictions.py)
 figures/               learning curves, confusion matrix, classification report
-summary.json           the results; written last, so its presence marks a finished run
+summary.json           the results; its presence marks a finished run (only the figures follow it)
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import fcntl
 import hashlib
 import json
 import sys
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import Any
 from lora.errors import UserError
 from lora.storage import write_atomically
 from train.command import shell_command
-from train.config import Recipe, make_recipe
+from train.config import Recipe, parse_recipe
 
 RUNS = Path("runs")  # where runs are written by default
 ADAPTER = "adapter"
@@ -58,9 +57,7 @@ class RunError(UserError, RuntimeError):
 def run_recipe(folder: Path) -> Recipe:
     """The recipe of the run in `folder`. Raises RunError."""
     try:
-        fields = tomllib.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        fields.pop("compile", None)  # an option that runs of version 0.1.0 recorded
-        return make_recipe(fields)
+        return parse_recipe((folder / CONFIG).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{folder}: not a run (there is no {CONFIG})") from None
     except (ValueError, RecursionError) as error:

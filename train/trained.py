@@ -261,12 +261,12 @@ def _frozen_digest(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
     return digest({name: p.detach() for name, p in model.named_parameters() if name not in trained}, {})
 
 
-def news_of(trained: Trained, recipe: Recipe, data: str | None = None) -> News:
-    """The data of a run, or other `data`. Raises DataError, RunError if its classes are not the model's."""
-    name = data or recipe.data
-    news = load_news(name, recipe.validation_fraction, recipe.seed)
+def news_of(trained: Trained, recipe: Recipe) -> News:
+    """The data of a run. Raises DataError, RunError if its classes are not the model's."""
+    news = load_news(recipe.data, recipe.validation_fraction, recipe.seed)
     if news.labels != trained.labels:
         raise RunError(
-            f"{name}: its classes are {', '.join(news.labels)}; the model knows {', '.join(trained.labels)}"
+            f"{recipe.data}: its classes are {', '.join(news.labels)};"
+            f" the model knows {', '.join(trained.labels)}"
         )
     return news

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 
 from lora.config import CHECKS, LoraConfig
-from lora.inject import VARIANTS
+from lora.inject import LAYER_CLASS
+from lora.linear import LoRALinear
+from lora.mergeable import MergeableLinear
 from lora.variants.dora import DoRALinear
 from lora.variants.eva import EVALinear
 from lora.variants.lora_fa import LoRAFALinear
@@ -16,7 +18,7 @@ from lora.variants.pissa import MiLoRALinear, PiSSALinear
 from lora.variants.vera import VeRALinear, check_vera
 
 # A field of LoraConfig, the value that chooses the variant, and the class of its layers
-VARIANTS += [
+VARIANTS: list[tuple[str, object, type[LoRALinear]]] = [
     ("use_dora", True, DoRALinear),
     ("use_lora_fa", True, LoRAFALinear),
     ("init_lora_weights", "pissa", PiSSALinear),
@@ -41,4 +43,22 @@ def check_variant(config: LoraConfig) -> None:
         raise ValueError(f"{' and '.join(chosen)}: each chooses a variant of LoRA; choose one")
 
 
+def layer_class(config: LoraConfig, layer: type[MergeableLinear] | None) -> type[MergeableLinear]:
+    """`layer`, or without one the class of layers that `config` asks for.
+
+    Raises ValueError if `layer` is of another variant than the config: a folder has the config alone.
+    """
+    chosen = (kind for name, value, kind in VARIANTS if getattr(config, name) == value)
+    asked = next(chosen, LoRALinear)
+    layer = layer or asked
+    if asked is not LoRALinear and not issubclass(layer, asked):
+        raise ValueError(f"layer: {layer.__name__} is no {asked.__name__}, which the config asks for")
+    settings = {kind: f"{name}={value!r}" for name, value, kind in VARIANTS}
+    for kind in layer.__mro__:
+        if kind in settings and not issubclass(asked, kind):
+            raise ValueError(f"layer: {layer.__name__} needs a config with {settings[kind]}")
+    return layer
+
+
 CHECKS += [check_variant, check_vera]
+LAYER_CLASS.append(layer_class)

@@ -88,8 +88,8 @@ class DoRALinear(LoRALinear):
         super()._apply(fn, recurse)
         if was_fresh and not self.lora_magnitude_vector.is_meta:
             self.lora_magnitude_vector.copy_(self.row_norms())
-            if self.merged:
-                self._merge_again()
+            if self._unmerged_weight is not None:  # W' = W, whatever m was when the cast merged again
+                self.weight.copy_(self._unmerged_weight)
                 self._merged_from = tuple(tensor.detach().clone() for tensor in self._watched())
         return self
 
