@@ -345,7 +345,7 @@ def _hook_tables(model: nn.Module) -> list[dict[int, Any]]:
 
 
 def _prepare(new: nn.Module, old: nn.Module) -> None:
-    """Gives a module the mode, the speed-ups and the device of the one whose place it takes."""
+    """Gives a module the mode, the speed-ups, the device and the dtype of the one whose place it takes."""
     if new.training != old.training:
         new.train(old.training)
     if hasattr(old, "on_inject"):
@@ -354,6 +354,9 @@ def _prepare(new: nn.Module, old: nn.Module) -> None:
         if any(tensor.device != parameter.device for tensor in new.parameters()):
             new.to(parameter.device)
         break
+    if not isinstance(new, MergeableLinear):  # a head, which a cast of the model has not reached
+        for mine, active in zip(new.parameters(), old.parameters(), strict=False):
+            mine.data = mine.data.to(active.dtype)
 
 
 def _resized(module: nn.Module, name: str, tensors: Mapping[str, Tensor]) -> nn.Module:

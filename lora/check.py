@@ -53,7 +53,12 @@ def check(model: nn.Module, inputs: Any) -> Report:
     layers = unmerged(lora_layers(model))
     report = Report()
     modes = {module: module.training for module in model.modules()}
-    buffers = {buffer: buffer.clone() for buffer in model.buffers()}  # batch normalisation changes its own
+    buffers = [
+        (module._buffers, key, buffer, buffer.clone())  # some modules write to theirs, some replace them
+        for module in model.modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     watch = _Watch(layers)
     with torch.random.fork_rng(), watch:
         try:
@@ -87,8 +92,8 @@ def check(model: nn.Module, inputs: Any) -> Report:
         finally:
             for module, mode_before in modes.items():
                 module.training = mode_before
-            for buffer, before in buffers.items():
-                buffer.copy_(before)
+            for table, key, buffer, before in buffers:
+                table[key] = buffer.copy_(before)
     return report
 
 
@@ -108,8 +113,9 @@ def _flat(output: Any) -> Tensor:
 
 
 def _close(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[bool, str]:
-    largest = max(float(x.abs().max()), 1e-30) if x.numel() else 1.0
-    difference = float((x.double() - y.double()).abs().max()) / largest if x.numel() else 0.0
+    largest = max(float(x.where(x.isfinite(), 0).abs().max()), 1e-30) if x.numel() else 1.0
+    gap = torch.where(x == y, 0.0, x.double() - y.double())  # equal infinities do not differ
+    difference = float(gap.abs().max()) / largest if x.numel() else 0.0
     limit = math.sqrt(torch.finfo(dtype).eps)
     return difference <= limit, f"{difference:.1e} of the largest value (at most {limit:.1e})"
 
@@ -128,20 +134,24 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in (layer.weight, *stored_tensors(layer.weight))
         }
         self._inside = 0
+        self._patched: dict[str, Any] = {}
 
     def restart(self) -> None:
         self.inputs, self.read = {}, set()
 
     def __enter__(self) -> _Watch:
         for name, layer in self.layers.items():  # not hooks, which change the path that a parent takes
+            self._patched[name] = vars(layer).get("forward")
             vars(layer)["forward"] = self._noting(name, layer.forward)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)  # type: ignore[no-untyped-call]
-        for layer in self.layers.values():
+        for name, layer in self.layers.items():
             del vars(layer)["forward"]
+            if self._patched[name]:
+                vars(layer)["forward"] = self._patched[name]
 
     def _noting(self, name: str, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def run(*args: Any, **kwargs: Any) -> Tensor:

@@ -18,7 +18,8 @@ class LoraConfig:
     lora_alpha: scaling = lora_alpha / r (arXiv 2106.09685, section 4.1). VeRA ignores it.
     lora_dropout: probability, in [0, 1), of zeroing an element of the adapter's input in training.
     target_modules: patterns. A pattern matches a module whose dotted name equals it or ends with it after
-        a dot ("query", "attention.self.query"). A single string is a regular expression for whole names.
+        a dot ("query", "attention.self.query"). A single string is a regular expression for whole names,
+        or "all-linear": every layer that can be adapted, except the output layer of a language model.
     modules_to_save: names, matched the same way, of newly initialised modules. They are trained in full,
         saved with the adapter, and not adapted themselves.
     use_rslora: scaling = lora_alpha / sqrt(r) instead (arXiv 2312.03732, equation 3).
@@ -80,6 +81,10 @@ def _names(field_name: str, names: Any) -> tuple[str, ...]:
     return found
 
 
+def matches_end(pattern: str, name: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern is for the module `name`."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
 def _first_match(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
-    matches = (value for pattern, value in patterns.items() if re.match(rf"(.*\.)?({pattern})$", name))
-    return next(matches, default)
+    return next((value for pattern, value in patterns.items() if matches_end(pattern, name)), default)

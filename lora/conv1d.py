@@ -32,6 +32,9 @@ class TransposedLayer(MergeableLinear):
         self._conv1d = type(conv)
         super().__init__(linear, **settings)
 
+    def __reduce_ex__(self, _protocol: Any) -> Any:
+        return _empty, (type(self).__bases__[1],), self.__getstate__()  # the class has no importable name
+
     @property
     def base_weight(self) -> Tensor:
         """W, (out, in): a view of the stored weight."""
@@ -58,6 +61,11 @@ def on_conv1d(layer: type[MergeableLinear]) -> type[MergeableLinear]:
         bases = (TransposedLayer, layer, TransposedLinear)
         _classes[layer] = type(f"{layer.__name__}OnConv1D", bases, {})
     return _classes[layer]
+
+
+def _empty(layer: type[MergeableLinear]) -> MergeableLinear:
+    kind = on_conv1d(layer)
+    return kind.__new__(kind)
 
 
 CONVERSIONS["Conv1D"] = on_conv1d

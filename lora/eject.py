@@ -16,10 +16,11 @@ from lora.targets import remove_hooks
 
 
 def eject(model: nn.Module, merge: bool = False, dtype: torch.dtype | None = None) -> None:
-    """Replaces every adapted layer by a plain nn.Linear, in place.
+    """Replaces every adapted layer by the kind that it was before `inject`, in place.
 
     merge=False leaves the base weights as they were before `inject`, bit for bit. merge=True merges the
-    adapter into them first. Modules named in modules_to_save stay as trained.
+    adapter into them first. Modules named in modules_to_save stay as trained. The base stays frozen: call
+    `model.requires_grad_(True)` to train it.
 
     dtype: with merge=True, the dtype of the merged weights, which are then new Parameters: W + ΔW is formed
     in float64 and rounded once. A quantised base needs it, because nothing can be merged into its weights.

@@ -230,6 +230,7 @@ def load_adapter(
     _check_tensors(adapter.tensors, _expected_tensors(linears, saved, config, layer), folder)
     if adapter.layer not in ("", layer.__name__):
         raise AdapterError(f"{folder}: trained with the class {adapter.layer}; pass it as layer=")
+    _check_tied(saved, adapter.tensors, folder)
     if check_base:
         _check_base(model, adapter, linears, saved, folder)
 
@@ -313,6 +314,20 @@ def _check_tensors(
             raise AdapterError(f"{folder}: {key} is {shapes}")
         if tensor.dtype not in FLOATS and tensor.dtype != wanted.dtype:
             raise AdapterError(f"{folder}: {key} is {tensor.dtype}, and the model requires {wanted.dtype}")
+
+
+def _check_tied(
+    saved: Mapping[str, nn.Module], tensors: Mapping[str, Tensor], folder: str | os.PathLike[str]
+) -> None:
+    """Raises AdapterError if names of one tensor, as of tied embeddings, have two in the folder."""
+    first: dict[int, str] = {}
+    for name, module in saved.items():
+        for key, parameter in module.named_parameters(remove_duplicate=False):
+            other = first.setdefault(id(parameter), f"{name}.{key}")
+            if not torch.equal(tensors[other], tensors[f"{name}.{key}"]):
+                raise AdapterError(
+                    f"{folder}: {other} and {name}.{key} differ, and are one tensor in this model; untie them"
+                )
 
 
 def _check_base(

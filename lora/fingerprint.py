@@ -1,7 +1,7 @@
 """The fingerprint of a base model, by which loading an adapter recognises the model it was trained on.
 
 It is JSON: "adapted" has by dtype a digest of the adapted layers' weights and biases, "rest" the same of
-every other parameter of the base, "config" those fields of the model's config that change what it computes,
+every other parameter of the base, "config" the fields of the model's config, without names and dropout,
 "stored" how the adapted layers' weights are stored, such as "float32" or "nf4". Digests are of dequantised
 weights.
 
@@ -84,7 +84,7 @@ def config_fields(model: nn.Module) -> dict[str, Any]:
 def _flat(fields: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in fields.items():
         key = str(name)
-        if key in _OTHER_FIELDS or key.startswith("_") or "dropout" in key:
+        if key in _OTHER_FIELDS or key.startswith("_") or "drop" in key:
             continue
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")

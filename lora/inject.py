@@ -42,6 +42,7 @@ class Injection:
 # Filled by lora/targets.py and lora/conv1d.py, which know torch's and transformers' modules:
 SPECIAL_TARGETS: dict[str, Callable[[nn.Module], list[str]]] = {}  # "all-linear": the names to adapt
 CHECKS: list[Callable[[nn.Module, Injection], None]] = []  # raise if a module cannot be adapted
+INJECT_CHECKS: list[Callable[[nn.Module, Injection, LoraConfig], None]] = []  # of `inject`, not of loading
 # By the name of a class that is no nn.Linear but computes W·x + b: makes a layer class one that adapts it.
 CONVERSIONS: dict[str, Callable[[type[MergeableLinear]], type[MergeableLinear]]] = {}
 AFTER_SWAP: list[Callable[[nn.Module], None]] = []  # change modules around the adapted ones
@@ -74,8 +75,8 @@ def inject(
     if any(isinstance(module, MergeableLinear) for module in model.modules()):
         raise RuntimeError("the model has an adapter already; eject it first")
     injection = find_targets(model, config)
-    _refuse_unmatched(model, "target_modules", injection.adapted, config)
-    _refuse_unmatched(model, "modules_to_save", injection.saved, config)
+    for check in INJECT_CHECKS:
+        check(model, injection, config)
     kind = layer_class(config, layer)
     for name, linear in modules_once(model, injection.names).items():
         r, rank = config.for_layer(name)["r"], min(linear._parameters["weight"].shape)  # type: ignore[union-attr]
@@ -168,17 +169,6 @@ def swap_in(
     if not SPECIAL_TARGETS.keys().isdisjoint(injection.adapted):  # a file names the layers
         config = dataclasses.replace(config, target_modules=tuple(injection.names))
     unwrap(model).lora_config = config  # type: ignore[assignment]
-
-
-def _refuse_unmatched(model: nn.Module, field: str, matches: dict[str, Any], config: LoraConfig) -> None:
-    ends = sorted({name.rpartition(".")[2] for name, m in named_modules(model) if isinstance(m, nn.Linear)})
-    if field == "modules_to_save":
-        ends = [name for name, _ in unwrap(model).named_children()]
-    for pattern, names in matches.items():
-        if not names:
-            why = f" is a regular expression for whole names, unlike ({pattern!r},), and"
-            why = why if pattern == config.target_modules else ""
-            raise ValueError(f"{field}: {pattern!r}{why} matches no module; names end with {', '.join(ends)}")
 
 
 def derived_seed(*parts: object) -> int:

@@ -61,7 +61,9 @@ class LoRALinear(MergeableLinear):
 
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         bound = 1 / math.sqrt(self.in_features)  # Kaiming uniform with a = √5, the default of nn.Linear
-        lora_A = torch.empty(r, self.in_features, dtype=dtype).uniform_(-bound, bound, generator=generator)
+        device = "meta" if self.weight.is_meta else "cpu"  # that of the generator
+        lora_A = torch.empty(r, self.in_features, dtype=dtype, device=device)
+        lora_A.uniform_(-bound, bound, generator=generator)
         self.lora_A = nn.Parameter(lora_A.to(self.weight.device))
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype, device=self.weight.device))
 

@@ -14,6 +14,7 @@ of the first, but cannot enter one.
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -207,12 +208,21 @@ def _one_thread(layers: dict[str, MergeableLinear]) -> Iterator[None]:
 
     with restoring(leave):
         with uninterrupted(), _threads_lock:
-            thread = threading.get_ident()
+            thread = _owner()
             if any(_threads.get(layer, thread) != thread for layer in layers.values()):
-                raise RuntimeError("another thread is inside merged() or disabled() of this model")
+                raise RuntimeError("another thread or task is inside merged() or disabled() of this model")
             entered += [layer for layer in layers.values() if layer not in _threads]
             _threads.update(dict.fromkeys(entered, thread))
         yield
+
+
+def _owner() -> int:
+    """The running asyncio task, or otherwise the thread: tasks of a thread leave contexts in any order."""
+    try:
+        task = asyncio.current_task()
+    except RuntimeError:  # no event loop
+        task = None
+    return threading.get_ident() if task is None else id(task)
 
 
 @contextmanager

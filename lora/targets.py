@@ -9,6 +9,8 @@ from __future__ import annotations
 import dis
 import functools
 import inspect
+import warnings
+from collections.abc import Sequence
 from types import CodeType
 from typing import Any
 
@@ -17,7 +19,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lora.adapted import quantised_as
-from lora.inject import AFTER_SWAP, CHECKS, CONVERSIONS, SPECIAL_TARGETS, Injection
+from lora.config import LoraConfig, matches_end
+from lora.inject import AFTER_SWAP, CHECKS, CONVERSIONS, INJECT_CHECKS, SPECIAL_TARGETS, Injection
 from lora.merge import why_not_writable
 from lora.mergeable import MergeableLinear
 from lora.modules import WRAPPERS, named_modules, unwrap
@@ -75,6 +78,15 @@ def check_saved(model: nn.Module, injection: Injection) -> None:
                     f"modules_to_save: PEFT compares the ends of names, where {pattern!r} matches {name} too;"
                     " add it, or choose another name"
                 )
+    of = {id(parameter): name for name in saved for parameter in modules[name].parameters()}
+    for name, module in modules.items():
+        if not any(name == each or name.startswith(f"{each}.") for each in saved):
+            for key, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in of:
+                    raise ValueError(
+                        f"modules_to_save: {of[id(parameter)]} shares a parameter with {name}.{key}, which"
+                        " would train too; name both, or untie them"
+                    )
     for name in sorted(saved):
         for key, parameter in modules[name].named_parameters():
             owner = modules[name].get_submodule(key.rpartition(".")[0])
@@ -88,6 +100,44 @@ def check_saved(model: nn.Module, injection: Injection) -> None:
         for key in modules[name].state_dict():
             if key.endswith("_extra_state"):
                 raise TypeError(f"modules_to_save: {name}.{key} is not a tensor, so it cannot be saved")
+
+
+def refuse_unmatched(model: nn.Module, injection: Injection, config: LoraConfig) -> None:
+    """Raises ValueError if a pattern of the config matches nothing."""
+    linears = {name.rpartition(".")[2] for name, m in named_modules(model) if isinstance(m, nn.Linear)}
+    children = [name for name, _ in unwrap(model).named_children()]
+    for pattern, names in injection.adapted.items():
+        if not names:
+            why = f" is a regular expression for whole names, unlike ({pattern!r},), and"
+            why = why if pattern == config.target_modules else ""
+            _raise_unmatched("target_modules", f"{pattern!r}{why}", sorted(linears))
+    for pattern, names in injection.saved.items():
+        if not names:
+            _raise_unmatched("modules_to_save", repr(pattern), children)
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field):
+            if not any(matches_end(pattern, name) for name in injection.names):
+                raise ValueError(f"{field}: {pattern!r} matches no module of target_modules")
+
+
+def _raise_unmatched(field: str, what: str, ends: Sequence[str]) -> None:
+    raise ValueError(f"{field}: {what} matches no module; names end with {', '.join(ends)}")
+
+
+def warn_of_statistics(model: nn.Module, injection: Injection, _config: LoraConfig) -> None:
+    """Warns of frozen batch normalisation, whose statistics training changes and nothing saves."""
+    saved = tuple(f"{name}." for names in injection.saved.values() for name in names)
+    frozen = [
+        name
+        for name, module in named_modules(model)
+        if getattr(module, "running_mean", None) is not None and not f"{name}.".startswith(saved)
+    ]
+    if frozen:
+        warnings.warn(
+            f"{', '.join(frozen)}: the running statistics change in train mode and are not saved with the"
+            " adapter; keep the modules in eval mode, or name them in modules_to_save",
+            stacklevel=3,
+        )
 
 
 @functools.cache
@@ -210,4 +260,5 @@ WRAPPERS |= {
 }
 SPECIAL_TARGETS["all-linear"] = all_linear
 CHECKS += [check_targets, check_saved]
+INJECT_CHECKS += [refuse_unmatched, warn_of_statistics]
 AFTER_SWAP += [call_layers, guard_distributed, guard_loading]

@@ -297,6 +297,10 @@ def test_modes_speed_ups_and_dtypes_reach_an_adapter_that_was_not_active(model, 
         for copied in layer.copies
     }
     assert 0 < sum(size for _, size in shared) <= copies
+    model.bfloat16()
+    for name in CONFIGS:  # of which "wide" has a head of its own
+        adapters.use(name)
+        assert logits(model, batch).dtype == torch.bfloat16
 
 
 def test_hooks_that_guard_an_adapter_are_there_while_it_is_and_do_not_pile_up(model, adapters):

@@ -1,7 +1,7 @@
 """Adapters in models that are not this project's: what torch and transformers do around a Linear."""
 
-import copy
 import dataclasses
+import pickle
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations
 
 from lora import (
+    AdapterError,
     LoraConfig,
     LoRALinear,
     check,
@@ -28,6 +29,7 @@ from lora import (
     unmerge,
 )
 from lora.adapted import lora_layers
+from lora.fingerprint import config_fields
 from lora.targets import HOOKS, weights_read_by
 
 SIZES = {"vocab_size": 99, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -165,7 +167,9 @@ def test_gpt2s_conv1d_is_adapted_merged_saved_and_given_back(input_ids, tmp_path
         unmerge(model)
         assert torch.equal(model(input_ids).logits, out)
         assert '"fan_in_fan_out": true' in (tmp_path / "adapter_config.json").read_text()
-        other = copy.deepcopy(model)
+        other = pickle.loads(pickle.dumps(model))  # the class of its layers has no importable name
+        assert torch.equal(other(input_ids).logits, out)
+        assert not any("drop" in key for key in config_fields(model))  # training may choose it freely
         eject(model)
         assert type(model.transformer.h[0].attn.c_attn).__name__ == "Conv1D"
         assert all(p is parameters[name] for name, p in model.named_parameters())
@@ -182,6 +186,25 @@ def test_a_tied_weight_is_refused_when_merged_and_named(input_ids):
     for action in (merge, lambda model: eject(model, merge=True, dtype=torch.float32)):
         with pytest.raises(RuntimeError, match="wte.weight and lm_head.weight share"):
             action(model)
+
+
+def test_a_tied_weight_is_trained_in_all_its_places_or_refused(input_ids, tmp_path):
+    model = gpt2()
+    with pytest.raises(
+        ValueError, match="lm_head shares a parameter with transformer.wte.weight, which would"
+    ):
+        inject(model, LoraConfig(r=2, target_modules=("c_attn",), modules_to_save=("lm_head",)))
+    inject(model, LoraConfig(r=2, target_modules=("c_attn",), modules_to_save=("lm_head", "wte")))
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    save_adapter(model, tmp_path / "tied", base="gpt2")
+    loaded = gpt2()
+    load_adapter(loaded, tmp_path / "tied")
+    assert torch.equal(loaded(input_ids).logits, model(input_ids).logits)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight / 2)  # as PEFT trains it, which unties them
+    save_adapter(model, tmp_path / "untied", base="gpt2")
+    with pytest.raises(AdapterError, match="differ, and are one tensor in this model; untie them"):
+        load_adapter(gpt2(), tmp_path / "untied")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """`check` finds adapters without effect; `check_layer` accepts correct classes and names each mistake."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -283,6 +284,27 @@ def test_a_model_that_uses_its_adapter_passes(model, config, input_ids):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
+def test_infinities_a_buffer_and_a_patch_stay_as_they_were():
+    class Masked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(4, 4)
+            self.register_buffer("mean", torch.zeros(4))
+
+        def forward(self, x):
+            h = self.proj(x)
+            self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+            return h.masked_fill(torch.eye(4, dtype=torch.bool), -math.inf)
+
+    model = Masked()
+    inject(model, LoraConfig(r=2, target_modules=("proj",)))
+    patch = model.proj.forward = model.proj.forward
+    report = check(model, torch.randn(4, 4))
+    assert report, str(report)
+    assert torch.equal(model.mean, torch.zeros(4))
+    assert vars(model.proj)["forward"] is patch
+
+
 class ReadsWeight(nn.Module):
     """Reads the weight through a local variable, which `inject` does not see."""
 
@@ -323,7 +345,8 @@ def test_a_check_that_fails_leaves_the_model_as_it_was(model, config):
 
 def test_a_check_leaves_batch_normalisation_as_it_was():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    inject(model, LoraConfig(r=2, target_modules=("0",)))
+    with pytest.warns(UserWarning, match="1: the running statistics change in train mode"):
+        inject(model, LoraConfig(r=2, target_modules=("0",)))
     before = copy.deepcopy(model.state_dict())
     assert check(model, torch.randn(8, 4))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

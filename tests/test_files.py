@@ -279,13 +279,13 @@ def test_a_crash_while_saving_leaves_the_old_adapter_or_the_new_one(
 def test_the_first_of_two_patterns_wins_after_a_save_too(model, config, input_ids, tmp_path):
     patterns = {r"layer\.1\.attention\.self\.query": 64, r"attention\.self\.query": 4}
     assert list(patterns) != sorted(patterns)
-    inject(model, dataclasses.replace(config, alpha_pattern=patterns, rank_pattern={"z": 1, "a": 2}))
+    inject(model, dataclasses.replace(config, alpha_pattern=patterns, rank_pattern={"value": 1, "query": 2}))
     randomise_adapter(model)
     save_adapter(model, tmp_path, base="tiny")
     fresh = tiny_roberta()
     adapter = load_adapter(fresh, tmp_path)
     assert list(adapter.config.alpha_pattern.items()) == list(patterns.items())
-    assert list(adapter.config.rank_pattern) == ["z", "a"]
+    assert list(adapter.config.rank_pattern) == ["value", "query"]
     assert torch.equal(fresh(input_ids).logits, model(input_ids).logits)
 
 

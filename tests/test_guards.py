@@ -1,5 +1,6 @@
 """Guards against silent errors: stale weights, shared memory, writes that cannot be undone, lost hooks."""
 
+import asyncio
 import contextlib
 import copy
 import threading
@@ -337,6 +338,23 @@ def test_a_second_thread_cannot_enter_a_context(adapted):
         thread.start()
         thread.join()
         assert not errors
+
+
+def test_a_second_task_cannot_enter_a_context(adapted):
+    """Tasks of one thread leave contexts in any order, and the first one would restore the second's state."""
+
+    async def enter(wait, stay):
+        await asyncio.sleep(wait)
+        with disabled(adapted):
+            await asyncio.sleep(stay)
+
+    async def both():
+        return await asyncio.gather(enter(0, 0.05), enter(0.01, 0.05), return_exceptions=True)
+
+    first, second = asyncio.run(both())
+    assert first is None
+    assert "another thread or task" in str(second)
+    assert all(layer.enabled for layer in lora_layers(adapted).values())
 
 
 def test_a_context_restores_the_state_that_another_thread_has_left(adapted, monkeypatch):

@@ -103,7 +103,8 @@ def test_a_start_depends_on_seed_and_name_alone(config):
     inject(first, config, seed=5)
     torch.rand(100)
     inject(second, dataclasses.replace(config, target_modules=("value", "key", "query")), seed=5)
-    inject(third.to(torch.bfloat16), config, seed=5)
+    with torch.device("meta"):  # torch's default device
+        inject(third.to(torch.bfloat16), config, seed=5)
     inject(other, config, seed=6)
     name = f"{LAYER}.1.attention.self.query"
     start = lora_layers(first)[name].lora_A
@@ -131,6 +132,10 @@ def test_patterns_give_layers_their_own_rank_and_alpha(model):
     assert layers[f"{LAYER}.0.attention.self.query"].r == 2
     assert layers[f"{LAYER}.0.attention.self.value"].scaling == 4.0
     assert layers[f"{LAYER}.0.attention.self.query"].scaling == 2.0
+    eject(model)
+    for field in ("rank_pattern", "alpha_pattern"):
+        with pytest.raises(ValueError, match=f"{field}: 'zero' matches no module of target_modules"):
+            inject(model, dataclasses.replace(config, **{field: {"zero": 3}}))
 
 
 def test_eject_gives_back_the_plain_model_bit_for_bit(model, config, input_ids):

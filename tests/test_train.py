@@ -142,9 +142,7 @@ def test_a_run_that_was_stopped_and_resumed_is_the_run_that_was_not(
     assert content(tmp_path / "run") == content(run[0])
 
 
-def test_a_crash_is_made_up_for_also_if_the_last_checkpoint_is_damaged(
-    run, recipe, tmp_path, monkeypatch
-):
+def test_a_crash_is_made_up_for_also_if_the_last_checkpoint_is_damaged(run, recipe, tmp_path, monkeypatch):
     step, steps = Trainer._step, 0
 
     def crashing(trainer, group):

@@ -31,8 +31,9 @@ from lora.quantised.tensor import QuantisedTensor
 
 
 def is_traced() -> bool:
-    """Whether torch.compile, which fuses ordinary ops itself, or torch.func, which needs them, is active."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether torch.compile or torch.jit.trace, or torch.func, which needs ordinary ops, is active."""
+    tracing = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return tracing or torch._C._are_functorch_transforms_active()
 
 
 def can_fuse(x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor) -> bool:
