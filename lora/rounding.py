@@ -9,10 +9,11 @@ from torch import Tensor
 def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x`, float64, in `dtype`, rounded once: to nearest, ties to even.
 
-    torch converts float64 to 16 bits by way of float32, which rounds twice and so breaks some ties the wrong
-    way. Here the step to float32 rounds to odd: it truncates, and sets the last bit if anything was lost.
-    The second rounding is then correct, because float32 has more than two bits beyond bfloat16 and float16
-    (Boldo and Melquiond 2008, "Emulation of a FMA and correctly rounded sums", IEEE Trans. Computers 57).
+    torch converts float64 to 16 bits by way of float32. The first of these roundings can move a number
+    beside a tie onto it, and the second one then goes the wrong way. Here the step to float32 rounds to
+    odd: it truncates, and sets the last bit if anything was lost. The second rounding is then correct,
+    because float32 has more than two bits beyond bfloat16 and float16 (Boldo and Melquiond 2008, "Emulation
+    of a FMA and correctly rounded sums", IEEE Trans. Computers 57).
     """
     if dtype.itemsize >= 4:
         return x.to(dtype)

@@ -125,4 +125,34 @@ def check_dropout(step: ModuleType) -> None:
         )
 
 
-CHECKS = (check_scaling, check_start, check_formula, check_eval_drops_nothing, check_dropout)
+def check_gradients(step: ModuleType) -> None:
+    """Backward reaches A, B and x, x on both paths, and forward in training mode does not change x."""
+    layer, upstream = _layer(step), torch.randn(4, 6).double()
+    x = torch.randn(4, 6).double().requires_grad_()
+    tensors = {"x": x, "lora_A": layer.lora_A, "lora_B": layer.lora_B}
+    h = F.linear(x, layer.weight, layer.bias) + 3.0 * F.linear(F.linear(x, layer.lora_A), layer.lora_B)
+    wanted = torch.autograd.grad(h, list(tensors.values()), upstream)
+    frozen = upstream @ layer.weight.detach()
+    mistakes = {
+        "The frozen path passes no gradient to x. W is frozen, x is not: no no_grad(), no detach().": (
+            wanted[0] - frozen
+        ),
+        "The adapter's path passes no gradient to x.": frozen,
+    }
+    found = torch.autograd.grad(layer(x), list(tensors.values()), upstream, allow_unused=True)
+    for (name, tensor), got, expected in zip(tensors.items(), found, wanted, strict=True):
+        got = torch.zeros_like(tensor) if got is None else got
+        expect(f"the gradient of {name}", got, expected, mistakes if name == "x" else None)
+    layer, x = _layer(step, lora_dropout=0.5).train(), torch.ones(4, 6).double()
+    layer(x)
+    if not (x == 1).all():
+        raise CheckError(
+            "x after forward in training mode",
+            expected="unchanged: the query, key and value layers share it",
+            got="changed: dropout wrote to it in place",
+        )
+
+
+CHECKS = (
+    check_scaling, check_start, check_formula, check_eval_drops_nothing, check_dropout, check_gradients,
+)  # fmt: skip

@@ -46,6 +46,7 @@ def check_names(step: ModuleType) -> None:
         ("query", "value"),
         ("attention.self.key",),
         ("query", "dense"),
+        ("query", "attention.self.query"),
         ("0.attention.self.query",),
     ):
         model = minilm_shapes()

@@ -32,6 +32,7 @@ def check_restores(step: ModuleType) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         layer = make_layer(step.RestorableLoRALinear, dtype)
         parameter, before = layer.weight, layer.weight.detach().clone()
+        memory = layer.weight.data_ptr()
         name = str(dtype).removeprefix("torch.")
         for cycle in range(1, 101):
             layer.merge()
@@ -54,11 +55,11 @@ def check_restores(step: ModuleType) -> None:
                 got=f"{share:.1%} of the elements differ, by up to {(layer.weight - before).abs().max():.3g}",
                 why=why,
             )
-        if layer.weight is not parameter:
+        if layer.weight is not parameter or layer.weight.data_ptr() != memory:
             raise CheckError(
                 "the weight after unmerge",
-                expected="the same Parameter object",
-                got="another one",
+                expected="the same Parameter, written in place",
+                got="another object or other memory",
                 why="Hooks, optimizers and tied layers hold the old one: write in place with copy_.",
             )
 
