@@ -272,9 +272,16 @@ class AdapterMachine(RuleBasedStateMachine):
 class DoRAMachine(AdapterMachine):
     config = dataclasses.replace(CONFIG, use_dora=True)
 
-    def formula(self, W, lora_A, lora_B, lora_magnitude_vector) -> torch.Tensor:
-        weight = W + 1.5 * (lora_B @ lora_A)
-        return weight * (lora_magnitude_vector / weight.norm(dim=1))[:, None]
+    def adapted(self, name: str) -> torch.Tensor:
+        """Where m is the norm as the layer computes it, g is 1 exactly, in the merged weight too."""
+        layer, tensors = self.model.get_submodule(name), self.adapter[name]
+        weight = self.W[name].double() + 1.5 * (tensors["lora_B"].double() @ tensors["lora_A"].double())
+        m = tensors["lora_magnitude_vector"]
+        g = torch.where(m == layer.row_norms(), 1, m.double() / weight.norm(dim=1))
+        assert (
+            g.isclose(m.double() / weight.norm(dim=1), rtol=8 * torch.finfo(m.dtype).eps) | (g != 1)
+        ).all()
+        return g[:, None] * weight
 
 
 class PiSSAMachine(AdapterMachine):

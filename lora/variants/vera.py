@@ -105,7 +105,7 @@ class VeRALinear(LoRALinear):
         h = MergeableLinear.forward(self, x)  # W·x + b: (..., in) -> (..., out)
         if self.merged or not self.enabled:
             return h
-        A, B = self._slices()
+        A, B = (matrix.to(self.vera_lambda_d) for matrix in self._slices())
         x = F.dropout(x.to(A.dtype), self.lora_dropout, self.training)
         thin = self.vera_lambda_d * F.linear(x, A)  # (..., r)
         return (h + self.scaling * self.vera_lambda_b * F.linear(thin, B)).to(h.dtype)
@@ -125,10 +125,18 @@ class VeRALinear(LoRALinear):
         versions = ((id(each), 0 if each.is_inference() else each._version) for each in pair)
         return (*versions, *super()._versions())
 
+    @torch.no_grad()
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> VeRALinear:
+        rows = self._merged_from[:2]  # of the pair, which is not cast
+        super()._apply(fn, recurse)
+        if self.merged:
+            moved = (row.to(self.projection.vera_A.device) for row in rows)
+            self._merged_from = (*moved, *self._merged_from[2:])
+        return self
+
     def _slices(self) -> tuple[Tensor, Tensor]:
-        """A (r, in) and B (out, r): the part of the pair that the layer uses, in the dtype of λ."""
-        A, B = self.projection.vera_A[:, : self.in_features], self.projection.vera_B[: self.out_features]
-        return A.to(self.vera_lambda_d), B.to(self.vera_lambda_d)
+        """A (r, in) and B (out, r): the part of the pair that the layer uses, float32."""
+        return self.projection.vera_A[:, : self.in_features], self.projection.vera_B[: self.out_features]
 
 
 def check_vera(config: LoraConfig) -> None:
