@@ -70,23 +70,22 @@ def check_saved(model: nn.Module, injection: Injection) -> None:
     """Raises TypeError if a module in modules_to_save cannot train, ValueError if PEFT would match others."""
     modules = dict(named_modules(model))
     saved = {name for names in injection.saved.values() for name in names}
+    outside = _outside_saved(modules, injection)
     for pattern in injection.saved:
-        for name in modules:
-            inside = any(name == each or name.startswith(f"{each}.") for each in saved)
-            if name.endswith(pattern) and not inside:
+        for name in outside:
+            if name.endswith(pattern):
                 raise ValueError(
                     f"modules_to_save: PEFT compares the ends of names, where {pattern!r} matches {name} too;"
                     " add it, or choose another name"
                 )
     of = {id(parameter): name for name in saved for parameter in modules[name].parameters()}
-    for name, module in modules.items():
-        if not any(name == each or name.startswith(f"{each}.") for each in saved):
-            for key, parameter in module.named_parameters(recurse=False):
-                if id(parameter) in of:
-                    raise ValueError(
-                        f"modules_to_save: {of[id(parameter)]} shares a parameter with {name}.{key}, which"
-                        " would train too; name both, or untie them"
-                    )
+    for name, module in outside.items():
+        for key, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in of:
+                raise ValueError(
+                    f"modules_to_save: {of[id(parameter)]} shares a parameter with {name}.{key}, which would"
+                    " train too; name both, or untie them"
+                )
     for name in sorted(saved):
         for key, parameter in modules[name].named_parameters():
             owner = modules[name].get_submodule(key.rpartition(".")[0])
@@ -100,6 +99,12 @@ def check_saved(model: nn.Module, injection: Injection) -> None:
         for key in modules[name].state_dict():
             if key.endswith("_extra_state"):
                 raise TypeError(f"modules_to_save: {name}.{key} is not a tensor, so it cannot be saved")
+
+
+def _outside_saved(modules: dict[str, nn.Module], injection: Injection) -> dict[str, nn.Module]:
+    """Those of `modules`, by name, that are neither in modules_to_save nor inside one that is."""
+    saved = tuple(f"{name}." for names in injection.saved.values() for name in names)
+    return {name: module for name, module in modules.items() if not f"{name}.".startswith(saved)}
 
 
 def refuse_unmatched(model: nn.Module, injection: Injection, config: LoraConfig) -> None:
@@ -126,12 +131,8 @@ def _raise_unmatched(field: str, what: str, ends: Sequence[str]) -> None:
 
 def warn_of_statistics(model: nn.Module, injection: Injection, _config: LoraConfig) -> None:
     """Warns of frozen batch normalisation, whose statistics training changes and nothing saves."""
-    saved = tuple(f"{name}." for names in injection.saved.values() for name in names)
-    frozen = [
-        name
-        for name, module in named_modules(model)
-        if getattr(module, "running_mean", None) is not None and not f"{name}.".startswith(saved)
-    ]
+    outside = _outside_saved(dict(named_modules(model)), injection)
+    frozen = [name for name, m in outside.items() if getattr(m, "running_mean", None) is not None]
     if frozen:
         warnings.warn(
             f"{', '.join(frozen)}: the running statistics change in train mode and are not saved with the"

@@ -277,10 +277,9 @@ class DoRAMachine(AdapterMachine):
         layer, tensors = self.model.get_submodule(name), self.adapter[name]
         weight = self.W[name].double() + 1.5 * (tensors["lora_B"].double() @ tensors["lora_A"].double())
         m = tensors["lora_magnitude_vector"]
-        g = torch.where(m == layer.row_norms(), 1, m.double() / weight.norm(dim=1))
-        assert (
-            g.isclose(m.double() / weight.norm(dim=1), rtol=8 * torch.finfo(m.dtype).eps) | (g != 1)
-        ).all()
+        exact = m.double() / weight.norm(dim=1)
+        g = torch.where(m == layer.row_norms(), 1, exact)
+        assert (g.isclose(exact, rtol=8 * torch.finfo(m.dtype).eps) | (g != 1)).all()
         return g[:, None] * weight
 
 

@@ -45,14 +45,18 @@ class Scores:
     @property
     def f1(self) -> np.ndarray:
         """By class: the harmonic mean of precision and recall, 2·correct / (predicted + true)."""
-        both = self.confusion.sum(axis=0) + self.confusion.sum(axis=1)
-        return np.asarray(2 * np.diag(self.confusion) / np.maximum(both, 1))
+        return np.asarray(2 * np.diag(self.confusion) / np.maximum(self._predicted_and_true, 1))
 
     @property
     def macro_f1(self) -> float:
         """The mean F1 over the classes that occur, as true ones or as predictions; 0 if there are no rows."""
-        occurs = (self.confusion.sum(axis=0) + self.confusion.sum(axis=1)) > 0
+        occurs = self._predicted_and_true > 0
         return float(self.f1[occurs].mean()) if occurs.any() else 0.0
+
+    @property
+    def _predicted_and_true(self) -> np.ndarray:
+        """By class: its predictions and its rows, added up."""
+        return np.asarray(self.confusion.sum(axis=0) + self.confusion.sum(axis=1))
 
     def report(self, labels: tuple[str, ...]) -> list[dict[str, Any]]:
         """One row per class: label, precision, recall, f1, rows."""
