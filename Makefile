@@ -18,7 +18,7 @@ STEP ?=
 .DEFAULT_GOAL := help
 .PHONY: help setup train anatomy play which test test-long soak test-peers test-play lint format clean
 .PHONY: learn learn-watch learn-reset learn-solution learn-peft
-.PHONY: bench bench-merging bench-peers bench-adapters bench-base bench-original bench-accuracy bench-variants
+.PHONY: bench bench-merging bench-peers bench-adapters bench-base bench-original bench-variants
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -104,10 +104,6 @@ bench-original: $(PEERS)/.run  ## an epoch by the original project's procedure, 
 bench-base: $(PEERS)/.run  ## frozen weights in bf16, int8, NF4: memory, time, accuracy; ARGS="--data FOLDER"
 	$(PEERS)/bin/python -m bench base --save $(ARGS)
 	@$(PEERS)/bin/python -m bench.readme  # silent: the JSON is the last line of stdout
-
-bench-accuracy: $(VENV)/.run  ## full, LoRA by rank, head: 20 minutes; ARGS="--data FOLDER" adds AG News, 2 hours
-	$(RUN) -m bench accuracy --save $(ARGS)
-	@$(RUN) -m bench.readme  # silent: the JSON is the last line of stdout
 
 bench-variants: $(VENV)/.run  ## LoRA's variants, each at a selected rate: hours, can be stopped; ARGS="--data FOLDER"
 	$(RUN) -m bench variants --save $(ARGS)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from bench import (
-    accuracy,
     adapters,
     anatomy,
     base,
@@ -45,15 +44,14 @@ PARTS: dict[str, Any] = {
     "peers": peers,
     "base": base,
     "original": original,
-    "accuracy": accuracy,
     "variants": variants,
     "recipes": recipes,
     "anatomy": anatomy,
     "adapters": adapters,
 }
 DEFAULT_ALLOCATION = ("original",)  # measured with malloc's defaults, as the original's users have it
-WITH_DATA = ("original", "accuracy", "variants", "recipes", "base")  # whose run() also takes AG News
-REUSING_RUNS = ("accuracy", "variants", "recipes", "base", "anatomy")  # which repeat no finished training run
+WITH_DATA = ("original", "variants", "recipes", "base")  # whose run() also takes AG News
+REUSING_RUNS = ("variants", "recipes", "base", "anatomy")  # which repeat no finished training run
 WITH_BASELINES = ("merging", "peers", "adapters", "base")  # which leave out baselines that are not installed
 ALL = ("throughput", "memory", "inference", "growth")  # the parts of "all": minutes, without baselines
 _ROOT = Path(__file__).parent.parent

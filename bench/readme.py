@@ -20,6 +20,7 @@ from typing import Any
 from bench import RESULTS, variants
 from bench.__main__ import PARTS, REUSING_RUNS
 from bench.merging import changed
+from bench.paired import FULL, LORA, accuracy
 from bench.steps import held_bytes
 from bench.tables import prose
 from train.tables import markdown, mebibytes, quantity, size
@@ -81,7 +82,7 @@ def _source(name: str, result: dict[str, Any]) -> str:
 def summary(results: Path) -> str:
     """The table of README.md: the cost of LoRA and of full fine-tuning in five rows."""
     steps, held, scores, drift = (
-        _read(results, name) for name in ("throughput", "memory", "accuracy", "merging")
+        _read(results, name) for name in ("throughput", "memory", "variants", "merging")
     )
     row = next(row for row in steps["models"] if row["model"] == "random:roberta-base")
     modes = [row["modes"][kind] for kind in ("full", "lora")]
@@ -93,15 +94,15 @@ def summary(results: Path) -> str:
         for kind in ("full", "lora")
     ]
     news = scores["sets"][-1]
-    full = next(r for r in news["rows"] if r["method"] == "full")
-    lora = next(r for r in news["rows"] if (r["r"], r["targets"]) == (8, ["query", "value"]))
+
+    over = f"each in one of {news['parts']} folds" if news["folds"] else f"mean of {news['parts']} seeds"
 
     def line(label: str, values: list[str], ratio: float) -> list[str]:
         return [label, *values, f"{ratio:.3g}"]
 
     trainable = [mode["parameters"]["trainable"] for mode in modes]
     saved = [mode["checkpoint_bytes"] for mode in modes]
-    accuracies = [f"{100 * r['mean']:.2f} ± {100 * r['half_width_95']:.2f}" for r in (full, lora)]
+    accuracies = [accuracy(next(r for r in news["rows"] if r["name"] == name)) for name in (FULL, LORA)]
     return "\n\n".join(
         [
             markdown(
@@ -121,10 +122,10 @@ def summary(results: Path) -> str:
             prose(
                 f"The first four rows are roberta-base at {row['rows']} x {row['length']} tokens in"
                 f" {steps['precision']} on {steps['device']}, r = 8 on query and value. The last is MiniLM on"
-                f" {news['test_articles']:,} test articles of {news['data']} after {news['epochs']} epochs"
-                f" with {scores['settings']['max_length_tokens']} tokens an article, mean and 95% interval"
-                f" over {len(full['seeds'])} seeds. After {drift['cycles']:,} cycles of merging and"
-                f" unmerging, {changed(drift)} of the adapted weights differ."
+                f" {news['test_articles']:,} test articles of {news['data']}, {over}, after"
+                f" {news['epochs']} epochs, with the 95% interval over articles. After"
+                f" {drift['cycles']:,} cycles of merging and unmerging, {changed(drift)} of the adapted"
+                " weights differ."
             ),
         ]
     )

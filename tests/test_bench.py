@@ -184,14 +184,14 @@ def test_results_of_given_data_are_not_lost_to_a_run_without_it(monkeypatch, tmp
     monkeypatch.setattr("bench.RESULTS", tmp_path)
     monkeypatch.setattr("bench.__main__.load_news", lambda *_, **__: None)
     part = type("Part", (), {"run": lambda quick, data: {"x": data}, "table": lambda result: "table"})
-    monkeypatch.setitem(PARTS, "accuracy", part)
-    assert main(["accuracy", "--save"]) == 0
-    assert main(["accuracy", "--save", "--data", "some_news"]) == 0
-    assert main(["accuracy", "--save"]) == 0
+    monkeypatch.setitem(PARTS, "recipes", part)
+    assert main(["recipes", "--save"]) == 0
+    assert main(["recipes", "--save", "--data", "some_news"]) == 0
+    assert main(["recipes", "--save"]) == 0
     out, err = capsys.readouterr()
-    assert "accuracy.json has results with some_news" in err
+    assert "recipes.json has results with some_news" in err
     assert json.loads(out.splitlines()[-1])["x"] is None  # printed nevertheless
-    assert json.loads((tmp_path / "accuracy.json").read_text())["x"] == "some_news"
+    assert json.loads((tmp_path / "recipes.json").read_text())["x"] == "some_news"
 
 
 def test_results_of_a_baseline_are_not_lost_to_a_run_without_it(monkeypatch, tmp_path, capsys):
@@ -228,7 +228,7 @@ def test_a_run_of_other_settings_is_an_error_without_traceback(monkeypatch, caps
 
 
 def test_missing_data_is_an_error_before_anything_runs(capsys):
-    assert main(["accuracy", "--data", "./no/such"]) == 2
+    assert main(["recipes", "--data", "./no/such"]) == 2
     assert "./no/such: there is no such folder" in capsys.readouterr().err
 
 
@@ -381,7 +381,7 @@ def test_the_original_needs_its_own_packages(monkeypatch):
 def test_data_is_refused_for_parts_that_read_none(capsys):
     with pytest.raises(SystemExit):
         main(["memory", "--data", "somewhere"])
-    assert "--data goes with original, accuracy, variants, recipes, base, not with" in capsys.readouterr().err
+    assert "--data goes with original, variants, recipes, base, not with" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["base", "--data", "bbc"])
     assert "--data: bbc is measured without it" in capsys.readouterr().err

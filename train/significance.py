@@ -6,19 +6,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-# The 97.5% quantile of Student's t by degrees of freedom, from 1.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 _Z = statistics.NormalDist().inv_cdf(0.975)
-
-
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and half the width of its 95% confidence interval, by Student's t.
-
-    Raises ValueError with fewer than 2 values or more than 10.
-    """
-    if not 2 <= len(values) <= len(_T) + 1:
-        raise ValueError(f"from 2 to {len(_T) + 1} values, not {len(values)}")
-    return statistics.mean(values), _T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def normal_interval(values: Sequence[float]) -> tuple[float, float]:
