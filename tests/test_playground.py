@@ -95,8 +95,8 @@ def test_probabilities_are_those_of_predict(served, folders, capsys):
 
 
 @torch.inference_mode()
-def probabilities_alone(folder, texts, precision):
-    """The probabilities of the first of these texts in a batch of all, by a model that has only this run."""
+def probabilities_alone(folder, texts, precision, row=0):
+    """The probabilities of a row of this batch of texts, by a model that has only this run."""
     trained = load_trained(folder)
     speed_up(trained.model, precision)
     rows = trained.tokenizer(
@@ -104,7 +104,7 @@ def probabilities_alone(folder, texts, precision):
     )
     with autocast(torch.device("cpu"), precision):
         logits = trained.model(input_ids=rows["input_ids"], attention_mask=rows["attention_mask"]).logits
-    return torch.softmax(logits.float(), dim=1)[0].tolist()
+    return torch.softmax(logits.float(), dim=1)[row].tolist()
 
 
 def test_scores_are_those_of_evaluate_and_of_the_anatomy(served, folders):
@@ -259,9 +259,11 @@ def test_excitation_is_the_norm_of_a_times_the_input(served, folders):
 def test_a_mixture_is_one_forward_in_which_each_run_is_itself(served, folders):
     found = served.mix(TEXT, {"one": 0.0, "two": 1.0})
     assert list(found["runs"]) == ["one", "two", "dora"]
-    for name in ("one", "two", "dora"):
-        # bit for bit in a batch of the same shape, as Adapters.rows promises
-        assert found["runs"][name] == probabilities_alone(folders / name, [TEXT] * 4, served.precision)
+    for row, name in enumerate(("one", "two", "dora")):
+        # bit for bit in the same row of a batch of the same shape, as Adapters.rows promises: with some
+        # processors' kernels the rounding depends on the row
+        alone = probabilities_alone(folders / name, [TEXT] * 4, served.precision, row)
+        assert found["runs"][name] == alone
     assert found["sum"] == pytest.approx(found["runs"]["two"], abs=1e-6)  # B is rounded once more
     opposite = served.mix(TEXT, {"one": -1.0})["sum"]
     assert opposite == pytest.approx(served.classify("one", TEXT, Knobs(-1))["knobs"], abs=1e-6)
