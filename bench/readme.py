@@ -94,7 +94,6 @@ def summary(results: Path) -> str:
         for kind in ("full", "lora")
     ]
     news = scores["sets"][-1]
-
     over = f"each in one of {news['parts']} folds" if news["folds"] else f"mean of {news['parts']} seeds"
 
     def line(label: str, values: list[str], ratio: float) -> list[str]:
