@@ -301,12 +301,12 @@ def short_table(result: dict[str, Any]) -> str:
 
 
 def _cheaper(result: dict[str, Any]) -> str:
-    """Which variants need less than LoRA and are not much less accurate on any dataset, as a sentence."""
-    lowest: dict[str, float] = {}
+    """Which variants need less than LoRA and are not much less accurate where compared, as a sentence."""
+    lowest: dict[str, tuple[float, str]] = {}  # the low end of an interval, and its dataset
     for found in result["sets"]:
         for row in found["rows"]:
             if LORA in row["against"]:
-                low = row["against"][LORA]["low"]
+                low = row["against"][LORA]["low"], found["data"]
                 lowest[row["name"]] = min(low, lowest.get(row["name"], low))
     cost = result["cost"]["methods"]
     needs = {
@@ -323,11 +323,12 @@ def _cheaper(result: dict[str, Any]) -> str:
     for name, needed in needs.items():
         shares = {what: n / needs[LORA][what] for what, n in needed.items()}
         less = [f"{share:.2f} of the {what}" for what, share in shares.items() if share < CHEAPER]
-        if less and max(shares.values()) <= DEARER and lowest[name] > -MARGIN:
-            cheaper.append(f"{name} ({', '.join(less)}; interval from {points(lowest[name])})")
+        if less and max(shares.values()) <= DEARER and lowest[name][0] > -MARGIN:
+            low, data = lowest[name]
+            cheaper.append(f"{name} ({', '.join(less)}; interval from {points(low)} on {data})")
     return (
-        f"Cheaper than {LORA}, and by the interval less than {100 * MARGIN:g} point less accurate:"
-        f" {'; '.join(cheaper) or 'none'}."
+        f"Cheaper than {LORA}, and by the interval less than {100 * MARGIN:g} point less accurate on the"
+        f" datasets that it was trained on: {'; '.join(cheaper) or 'none'}."
     )
 
 

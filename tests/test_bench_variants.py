@@ -18,6 +18,7 @@ from bench.paired import FULL, LORA, REFERENCES, compare
 from bench.steps import make_model, memory_bytes
 from bench.training import finish_run
 from lora import LoraConfig
+from lora.variants import VARIANTS
 from train.bbc import read_bbc
 from train.config import RECIPES, Recipe, load_recipe
 from train.runs import CONFIG, PREDICTIONS, SUMMARY, RunError
@@ -302,8 +303,8 @@ def test_the_settings_of_the_grid_do_not_depend_on_a_recipe():
     recipes = [load_recipe(path.stem, settings)[1] for path in sorted(RECIPES.glob("*.toml"))]
     free = ("checkpoint_every_steps", "log_every_steps", "gradient_checkpointing", "deterministic")
     fixed = {field.name: getattr(Recipe(), field.name) for field in dataclasses.fields(Recipe)}
-    assert set(fixed) - set(settings) <= {*free, "device", "max_train_examples", "layer", "use_rslora",
-        "use_dora", "use_lora_fa", "init_lora_weights", "peft_type", "loraplus_lr_ratio"}  # fmt: skip
+    variants = {"layer", "use_rslora", "loraplus_lr_ratio", *(name for name, _, _ in VARIANTS)}
+    assert set(fixed) - set(settings) <= {*free, *variants, "device", "max_train_examples"}
     for recipe in recipes:
         for name in fixed:
             if name not in free:

@@ -8,11 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import randomise_adapter, tiny_roberta
+from test_variant import GatedLoRALinear
 from torch import nn
 
 from lora import LoraConfig, LoRALinear, MergeableLinear, check, check_layer, inject
 from lora.check import Report
 from lora.fast.layers import FastLoRALinear
+from lora.variants import VARIANTS
+from lora.variants.eva import EVALinear
 
 
 class Base(MergeableLinear):
@@ -65,8 +68,13 @@ class WithSubmodules(LoRALinear):
         return self.scaling * (self.lora_B.double() @ self.down.weight.detach().double())
 
 
+VARIANT_CLASSES = [layer for _, _, layer in VARIANTS if layer is not EVALinear]  # EVA's layers are LoRALinear
+
+
 @pytest.mark.parametrize(
-    "layer", [LoRALinear, FastLoRALinear, Base, WithSubmodules], ids=lambda c: c.__name__
+    "layer",
+    [LoRALinear, FastLoRALinear, Base, WithSubmodules, GatedLoRALinear, *VARIANT_CLASSES],
+    ids=lambda c: c.__name__,
 )
 def test_correct_classes_are_accepted(layer):
     report = check_layer(layer)
