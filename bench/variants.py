@@ -324,8 +324,8 @@ def _cheaper(result: dict[str, Any]) -> str:
         shares = {what: n / needs[LORA][what] for what, n in needed.items()}
         less = [f"{share:.2f} of the {what}" for what, share in shares.items() if share < CHEAPER]
         if less and max(shares.values()) <= DEARER and lowest[name][0] > -MARGIN:
-            low, data = lowest[name]
-            cheaper.append(f"{name} ({', '.join(less)}; interval from {points(low)} on {data})")
+            end, data = lowest[name]
+            cheaper.append(f"{name} ({', '.join(less)}; interval from {points(end)} on {data})")
     return (
         f"Cheaper than {LORA}, and by the interval less than {100 * MARGIN:g} point less accurate on the"
         f" datasets that it was trained on: {'; '.join(cheaper) or 'none'}."
