@@ -99,7 +99,7 @@ def summary_text(summary: dict[str, Any], folder: Path) -> str:
             f"trained {summary['trainable_parameters']:,} of {summary['total_parameters']:,} parameters"
             f" ({share:.2%}){lora}",
             f"cost {duration(summary['train_seconds'])},"
-            f" {summary['examples_per_second']:.1f} texts per second,"
+            f" {summary['examples_per_second']:.1f} texts per second with validation,"
             f" {summary['padding_fraction']:.1%} padding,"
             f" peak memory {summary['peak_memory_bytes'] / 2**20:,.0f} MiB",
             f"saved {folder}/: {trained} ({summary['adapter_bytes'] / 1e6:.2f} MB), summary.json,"
