@@ -346,11 +346,11 @@ def figures(result: dict[str, Any], folder: Path) -> None:
 
 
 def _style(number: int) -> dict[str, Any]:
-    """The style of a method's line: plotting.COLORS twice, solid and dashed, with other markers."""
+    """The style of a method's line: plotting.COLORS solid, dashed and dotted, with other markers."""
     again, index = divmod(number, len(plotting.COLORS))
     return {
         "color": plotting.COLORS[index],
-        "linestyle": ("-", "--")[again % 2],
+        "linestyle": ("-", "--", ":")[again % 3],
         "marker": "os^vDP*"[(index + again) % 7],
     }
 

@@ -461,9 +461,14 @@ def test_a_cheaper_variant_is_named_where_the_interval_excludes_a_loss_of_the_ma
 
     def named():
         text = " ".join(variants.short_table(result).split())
-        return text.partition("1 point less accurate: ")[2]
+        return text.partition("1 point less accurate on the datasets that it was trained on: ")[2]
 
-    assert named() == "thin (0.50 of the trained parameters; interval from -0.90)."
+    end = f"interval from -0.90 on {found['data']}"
+    assert named() == f"thin (0.50 of the trained parameters; {end})."
+    other = json.loads(json.dumps(found))  # another dataset, on which the interval begins higher
+    other["data"], other["rows"][-1]["against"][LORA]["low"] = "other", -0.008
+    result["sets"].append(other)
+    assert named() == f"thin (0.50 of the trained parameters; {end})."
     thin["against"][LORA]["low"] = -0.011
     assert named() == "none."
     thin["against"][LORA]["low"] = -0.009
