@@ -28,7 +28,7 @@ def compare(data: str, finished: Sequence[Trained], references: Sequence[str]) -
     for row in rows:
         for reference in references:
             if row["name"] != reference and reference in correct:
-                pair = _difference(correct[row["name"]], correct[reference], runs)
+                pair = paired_difference(correct[row["name"]], correct[reference], runs)
                 row["against"][reference] = pair
                 tested[frozenset((row["name"], reference))] = pair["p"]
     corrected = dict(zip(tested, holm(list(tested.values())), strict=True))
@@ -84,8 +84,11 @@ def _row(trained: Trained, runs: int, used: list[bool]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _difference(first: Sequence[int], second: Sequence[int], runs: int) -> dict[str, float]:
-    """The mean paired difference of accuracy, its 95% interval, and the p-value of no difference."""
+def paired_difference(first: Sequence[int], second: Sequence[int], runs: int) -> dict[str, float]:
+    """The mean paired difference of accuracy, its 95% interval, and the p-value of no difference.
+
+    first, second: for each article, in how many of `runs` runs each of two methods classified it correctly.
+    """
     differences = [a - b for a, b in zip(first, second, strict=True)]
     shares = [difference / runs for difference in differences]
     low, high = paired_interval(shares)
